@@ -1,0 +1,4 @@
+"""Captioned pictures on their way into training: where they are, how they are cut, in which order they come.
+
+Everything here is numpy and Pillow and never touches a device; a tokenizer reaches it as a function.
+"""
