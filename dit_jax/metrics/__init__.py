@@ -1,0 +1,1 @@
+"""Measures of how well generated pictures follow their captions."""
