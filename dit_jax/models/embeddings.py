@@ -1,0 +1,156 @@
+"""How latents, times and captions enter the transformer.
+
+Patches.  A latent grid ``[B, h, w, C]`` is cut into ``N = (h / p) (w / p)`` patches of ``p x p x C`` numbers,
+row by row. A linear map of the flattened patch equals a convolution with kernel = stride = p; it is written
+as a matmul on 2-D patches because the weight gradient of the 3-D form is many times slower on CPU.
+
+Time.  Sinusoidal features of ``time_scale * t`` (Vaswani et al. 2017, section 3.5), then a two-layer MLP
+(Peebles & Xie 2023, appendix A):
+
+    f_k(t) = cos(s t w_k), sin(s t w_k),    w_k = 10000^(-k / (F / 2)),    k = 0 .. F / 2 - 1             (1)
+
+Text.  One vector per caption (``text_pool``) is projected to the model width and joins the time embedding; with
+``text_mode = "cross"`` the tokens are projected as well and are attended to in every block. The null caption,
+which stands for "no text" in classifier-free guidance (Ho & Salimans 2022), is learned.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dit_jax.arrays import Array, TextStates
+
+NUM_FREQUENCIES = 256  # F of equation (1), as in the reference DiT
+MAX_PERIOD = 10_000.0
+
+
+def patchify(latents: Array, patch_size: int) -> Array:
+    """Cut latents into flattened patches: ``[B, h, w, C]`` -> ``[B, N, p * p * C]``, row by row.
+
+    Raises:
+      ValueError: if the patch does not divide the grid.
+    """
+    B, h, w, C = latents.shape
+    p = patch_size
+    if h % p or w % p:
+        raise ValueError(f"patch_size {p} does not divide the latent grid {h} x {w}")
+    x = latents.reshape(B, h // p, p, w // p, p, C)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, (h // p) * (w // p), p * p * C)
+
+
+def unpatchify(patches: Array, patch_size: int, rows: int, cols: int) -> Array:
+    """Inverse of `patchify`: ``[B, rows * cols, p * p * C]`` -> ``[B, rows * p, cols * p, C]``."""
+    B, _, size = patches.shape
+    p = patch_size
+    x = patches.reshape(B, rows, cols, p, p, size // (p * p))
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, rows * p, cols * p, size // (p * p))
+
+
+def timestep_features(t: Array, time_scale: float) -> Array:
+    """Sinusoidal features of times, equation (1): ``[B]`` in [0, 1] -> float32 ``[B, F]``."""
+    k = jnp.arange(NUM_FREQUENCIES // 2, dtype=jnp.float32)
+    frequencies = MAX_PERIOD ** (-k / (NUM_FREQUENCIES // 2))
+    angles = time_scale * t.astype(jnp.float32)[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class PatchEmbedder(nn.Module):
+    """Linear embedding of patches: ``[B, h, w, C]`` -> ``[B, N, D]``."""
+
+    patch_size: int
+    hidden_size: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, latents: Array) -> Array:
+        patches = patchify(latents, self.patch_size)
+        B, N, size = patches.shape
+        # [B * N, p * p * C]: 2-D on purpose, see the head of this file
+        x = nn.Dense(self.hidden_size, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="proj")(
+            patches.reshape(B * N, size)
+        )
+        return x.reshape(B, N, self.hidden_size)
+
+
+class TimestepEmbedder(nn.Module):
+    """Times to vectors: ``[B]`` in [0, 1] -> ``[B, D]``."""
+
+    hidden_size: int
+    time_scale: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, t: Array) -> Array:
+        init = nn.initializers.normal(0.02)
+        x = timestep_features(t, self.time_scale).astype(self.dtype)
+        x = nn.Dense(self.hidden_size, dtype=self.dtype, kernel_init=init, name="mlp_in")(x)
+        return nn.Dense(self.hidden_size, dtype=self.dtype, kernel_init=init, name="mlp_out")(nn.silu(x))
+
+
+class TextEmbedder(nn.Module):
+    """Text states to what the blocks use: one vector per caption and, with ``cross``, one per token.
+
+    Attributes:
+      text_length, text_width, pooled_width: S, E and P of the text encoder.
+      text_pool: ``eos`` takes the pooled state, ``mean`` the mean over unmasked tokens.
+    """
+
+    hidden_size: int
+    text_mode: str
+    text_pool: str
+    text_length: int
+    text_width: int
+    pooled_width: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        init = nn.initializers.normal(0.02)
+        self.proj = nn.Dense(self.hidden_size, dtype=self.dtype, kernel_init=init)
+        if self.text_pool == "eos":
+            self.null_pooled = self.param("null_pooled", init, (self.pooled_width,), jnp.float32)
+        if self.text_pool == "mean" or self.text_mode == "cross":
+            self.null_token = self.param("null_token", init, (self.text_width,), jnp.float32)
+        if self.text_mode == "cross":
+            self.token_proj = nn.Dense(
+                self.hidden_size, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform()
+            )
+
+    def null(self, B: int) -> TextStates:
+        """B learned null captions: one token, one pooled state, everything else masked."""
+        hidden = jnp.zeros((B, self.text_length, self.text_width), jnp.float32)
+        pooled = jnp.zeros((B, self.pooled_width), jnp.float32)
+        if self.text_pool == "mean" or self.text_mode == "cross":
+            hidden = hidden.at[:, 0].set(jnp.broadcast_to(self.null_token, (B, self.text_width)))
+        if self.text_pool == "eos":
+            pooled = jnp.broadcast_to(self.null_pooled, (B, self.pooled_width))
+        mask = jnp.broadcast_to(jnp.arange(self.text_length) == 0, (B, self.text_length))
+        return TextStates(hidden, pooled, mask)
+
+    def __call__(self, text: TextStates) -> tuple[Array, Array | None]:
+        """``TextStates`` -> vector ``[B, D]`` and tokens ``[B, S, D]`` (None unless ``cross``)."""
+        if self.text_pool == "eos":
+            vector = text.pooled
+        else:
+            weight = text.mask.astype(jnp.float32)[:, :, None]
+            vector = (text.hidden * weight).sum(1) / jnp.maximum(weight.sum(1), 1.0)
+        vector = self.proj(vector.astype(self.dtype))
+        tokens = self.token_proj(text.hidden.astype(self.dtype)) if self.text_mode == "cross" else None
+        return vector, tokens
+
+
+class PositionEmbedder(nn.Module):
+    """Learned positions of a grid of patches, ``[N, D]``; resampled (bicubic) where training saw another grid."""
+
+    hidden_size: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, rows: int, cols: int) -> Array:
+        if self.has_variable("params", "table"):
+            table = self.get_variable("params", "table")
+        else:
+            shape = (rows, cols, self.hidden_size)
+            table = self.param("table", nn.initializers.normal(0.02), shape, jnp.float32)
+        if table.shape[:2] != (rows, cols):
+            table = jax.image.resize(table, (rows, cols, self.hidden_size), method="bicubic")
+        return table.reshape(rows * cols, self.hidden_size).astype(self.dtype)
