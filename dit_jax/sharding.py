@@ -1,0 +1,32 @@
+"""The device mesh, and how batches and state lie on it.
+
+One jitted step runs over a named mesh, on one device as on many: the batch is split over the axis ``data`` and
+the state is replicated; the compiler inserts the all-reduce of the gradients.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh of all devices along one axis, ``data``."""
+    return Mesh(np.asarray(devices), ("data",))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Arrays ``[B, ...]`` split over the devices along B."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """Send a batch of host arrays to the devices."""
+    return jax.device_put(batch, batch_sharding(mesh))

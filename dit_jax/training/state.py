@@ -1,0 +1,52 @@
+"""The train state: everything that a step changes, and nothing else."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from dit_jax.arrays import Array, TextStates
+from dit_jax.models.dit import DiT
+from dit_jax.sharding import replicated
+
+
+@struct.dataclass
+class TrainState:
+    """What is saved and resumed.
+
+    Attributes:
+      step: int32 scalar, how many steps were done.
+      params: parameters of the DiT, float32.
+      ema: their exponential moving average, same structure.
+      opt_state: of the optimizer.
+    """
+
+    step: Array
+    params: Any
+    ema: Any
+    opt_state: Any
+
+
+def init_params(model: DiT, key: jax.Array, h: int, w: int) -> Any:
+    """Fresh parameters of the model for an ``h x w`` latent grid."""
+    S, E, P = model.text_length, model.text_width, model.pooled_width
+    text = TextStates(jnp.zeros((1, S, E)), jnp.zeros((1, P)), jnp.ones((1, S), bool))
+    x = jnp.zeros((1, h, w, model.in_channels))
+    return model.init(key, x, jnp.zeros((1,)), text, train=False)["params"]
+
+
+def init_state(
+    model: DiT, optimizer: optax.GradientTransformation, key: jax.Array, h: int, w: int, mesh: Mesh
+) -> TrainState:
+    """A fresh state, made on the mesh by one jitted function."""
+
+    def init(key: jax.Array) -> TrainState:
+        params = init_params(model, key, h, w)
+        # a copy, so that the step may donate both
+        ema = jax.tree.map(jnp.copy, params)
+        return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
+
+    return jax.jit(init, out_shardings=replicated(mesh))(key)
