@@ -1,0 +1,141 @@
+"""Checkpoints: the only file that knows Orbax.
+
+``<workdir>/checkpoints/<step>/`` holds the items ``params``, ``ema``, ``optimizer`` and ``metadata`` (JSON). Saving
+is asynchronous and atomic: a step directory appears by a rename when everything is written, so a step that can be
+seen is whole. `Checkpoints.committed` reports a save only then.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Sharding
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
+
+from dit_jax.errors import CheckpointError
+from dit_jax.training.state import TrainState
+
+ITEMS = ("params", "ema", "optimizer", "metadata")
+
+
+class Commit(NamedTuple):
+    """A save that is on disk: its step, bytes, and the seconds from the request to the commit."""
+
+    step: int
+    bytes: int
+    seconds: float
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      directory: ``<workdir>/checkpoints``.
+      keep_latest: how many of the newest are kept.
+      keep_every: steps divisible by this are kept for good; 0 for none.
+    """
+
+    def __init__(self, directory: Path, keep_latest: int, keep_every: int):
+        self.directory = directory.absolute()
+        policies: list[Any] = [LatestN(keep_latest)]
+        if keep_every:
+            policies.append(EveryNSteps(keep_every))
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            item_names=ITEMS,
+            options=ocp.CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy(policies)),
+        )
+        self._pending: tuple[int, float] | None = None
+
+    def latest_step(self) -> int | None:
+        """The newest step on disk, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, metadata: dict[str, Any]) -> None:
+        """Queue a save of the state under its own step; waits for an earlier save that is still being written."""
+        self.wait()
+        step = int(state.step)
+        self._pending = (step, time.monotonic())
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                ema=ocp.args.StandardSave(state.ema),
+                optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+                metadata=ocp.args.JsonSave(metadata),
+            ),
+        )
+
+    def committed(self) -> Commit | None:
+        """The save that was committed since the last call, if any; does not wait."""
+        if self._pending is None or self._manager.is_saving_in_progress():
+            return None
+        self._manager.wait_until_finished()  # raises what the writing thread raised
+        (step, started), self._pending = self._pending, None
+        path = self.directory / str(step)
+        if not path.is_dir():
+            raise CheckpointError(f"the save of step {step} did not arrive at {path}")
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        return Commit(step, size, time.monotonic() - started)
+
+    def wait(self) -> None:
+        """Return when nothing is being written; raises what a save in the background raised."""
+        self._manager.wait_until_finished()
+
+    def restore(self, step: int, state: TrainState) -> TrainState:
+        """The state at a step; ``state`` gives structure, shapes, dtypes and shardings (its values are not used).
+
+        Raises:
+          CheckpointError: if the step is missing, unreadable, or of another model.
+        """
+
+        def wanted(tree: Any) -> Any:
+            return ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
+
+        items = self._restore(
+            step,
+            params=wanted(state.params),
+            ema=wanted(state.ema),
+            optimizer=wanted({"step": state.step, "opt_state": state.opt_state}),
+        )
+        optimizer = items["optimizer"]
+        return TrainState(optimizer["step"], items["params"], items["ema"], optimizer["opt_state"])
+
+    def restore_params(self, step: int, item: str, shapes: Any, sharding: Sharding) -> Any:
+        """Only the parameters: ``item`` is ``ema`` or ``params``; ``shapes`` is a tree of shapes and dtypes."""
+        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes)
+        return self._restore(step, **{item: ocp.args.StandardRestore(abstract)})[item]
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """The JSON metadata saved with a step."""
+        return self._restore(step, metadata=ocp.args.JsonRestore())["metadata"]
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError, FileNotFoundError, OSError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(f"cannot restore step {step} from {self.directory}: {reason}") from error
+
+    def close(self) -> None:
+        """Wait for what is being written and release the directory."""
+        self._manager.close()
+
+
+def find_step(directory: Path, step: int | None) -> int:
+    """The step to load from ``<workdir>/checkpoints``: the one asked for, or the newest.
+
+    Raises:
+      CheckpointError: if it is not there; a missing checkpoint is never a fresh start.
+    """
+    steps: Sequence[int] = sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
+    if not steps:
+        raise CheckpointError(f"no checkpoint in {directory}: train first, or name another run")
+    if step is None:
+        return steps[-1]
+    if step not in steps:
+        raise CheckpointError(f"no checkpoint of step {step} in {directory}; there are {', '.join(map(str, steps))}")
+    return step

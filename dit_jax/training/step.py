@@ -1,0 +1,112 @@
+"""The train step: one jitted function from (state, batch) to (state, metrics).
+
+For sample k of the run (``k = step * B + i``, contract 6 of the architecture) with latents x0 and text y:
+
+    x0  = normalise(mean + std * noise_0)                     a sample of the VAE's posterior
+    y   = null caption with probability ``caption_dropout``
+    x_t = alpha(t) x0 + sigma(t) noise                        t drawn by the objective
+    loss = mean over the batch of loss(DiT(x_t, t, y), target)
+
+All four draws of sample k come from ``fold_in(key, k)``: neither the number of devices nor gradient accumulation
+changes them. Dropout inside the network draws from the step and the accumulation slice.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dit_jax.arrays import Array, TextStates
+from dit_jax.diffusion import objectives
+from dit_jax.diffusion.process import Process
+from dit_jax.models.dit import DiT
+from dit_jax.training.state import TrainState
+
+Batch = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """What one step is made of; ``jax.jit(TrainStep(...), donate_argnums=0)`` runs it.
+
+    Attributes:
+      model: predicts from ``(x_t, t, text)``.
+      process: corrupts latents and knows what the prediction means.
+      sample_times: keys ``[B]`` -> times ``[B]``.
+      to_model_latents: raw latents -> latents of about unit variance.
+      optimizer, learning_rate: the transformation and its schedule (for the log).
+      caption_dropout: probability that a caption is replaced by the null caption.
+      ema_decay: of the moving average; the first steps use ``(1 + step) / (10 + step)`` where that is smaller.
+      accumulate: into how many slices the batch is cut; the loss is the same for every value.
+      seed: of all randomness.
+    """
+
+    model: DiT
+    process: Process
+    sample_times: Callable[[Array], Array]
+    to_model_latents: Callable[[Array], Array]
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    caption_dropout: float
+    ema_decay: float
+    accumulate: int
+    seed: int
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        """One update. ``batch`` is an encoded batch (see `dit_jax.arrays`); metrics are float32 scalars."""
+        B = batch["mean"].shape[0]
+        key_samples, key_dropout = jax.random.split(jax.random.key(self.seed))
+        k = state.step.astype(jnp.uint32) * B + jnp.arange(B, dtype=jnp.uint32)  # wraps after 4e9 samples
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key_samples, k)
+        dropout_keys = jax.random.split(jax.random.fold_in(key_dropout, state.step), self.accumulate)
+
+        loss_and_grad = jax.value_and_grad(self.loss)
+        slices = jax.tree.map(
+            lambda a: a.reshape(self.accumulate, B // self.accumulate, *a.shape[1:]), (batch, keys)
+        )
+
+        def add_slice(total, part):
+            (batch, keys), dropout_key = part
+            return jax.tree.map(jnp.add, total, loss_and_grad(state.params, batch, keys, dropout_key)), None
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+        if self.accumulate == 1:
+            (loss, grads), _ = add_slice(zero, jax.tree.map(lambda a: a[0], (slices, dropout_keys)))
+        else:
+            (loss, grads), _ = jax.lax.scan(add_slice, zero, (slices, dropout_keys))
+        loss, grads = jax.tree.map(lambda a: a / self.accumulate, (loss, grads))
+
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        n = state.step.astype(jnp.float32)
+        decay = jnp.minimum(self.ema_decay, (1.0 + n) / (10.0 + n))
+        ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": jnp.asarray(self.learning_rate(state.step), jnp.float32),
+        }
+        return TrainState(state.step + 1, params, ema, opt_state), metrics
+
+    def loss(self, params: Any, batch: Batch, keys: Array, dropout_key: Array) -> Array:
+        """Mean loss over a batch whose samples draw from ``keys [B]``; float32 scalar."""
+        B = keys.shape[0]
+        key_latents, key_time, key_noise, key_caption = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(
+            keys
+        )
+        mean, std = batch["mean"], batch["std"]
+        noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(key_latents)
+        x0 = self.to_model_latents(mean + std * noise)
+        t = self.sample_times(key_time)
+        x_t, targets = self.process.corrupt(key_noise, x0, t)
+
+        text = TextStates(batch["hidden"], batch["pooled"], batch["mask"])
+        null = self.model.apply({"params": params}, B, method="null_text")
+        drop = jax.vmap(lambda key: jax.random.bernoulli(key, self.caption_dropout))(key_caption)
+        text = jax.tree.map(lambda n, y: jnp.where(drop.reshape(B, *[1] * (y.ndim - 1)), n, y), null, text)
+
+        prediction = self.model.apply({"params": params}, x_t, t, text, train=True, rngs={"dropout": dropout_key})
+        return objectives.loss(self.process, prediction, targets, x_t, t).mean()

@@ -1,0 +1,80 @@
+"""Where a run's numbers go: ``metrics.jsonl`` (functions of config and step alone), ``timing.jsonl`` (speeds),
+TensorBoard and, if asked for, Weights & Biases.
+
+On resume, rows past the restored step are cut off first, so that a resumed run leaves the files of a run that was
+never interrupted.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def truncate_rows(path: Path, last_step: int) -> None:
+    """Drop the rows of a JSON-lines file whose ``step`` is beyond ``last_step``; atomic. A torn last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["step"] <= last_step:
+            kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    os.replace(temporary, path)
+
+
+class Writer:
+    """Writes rows of numbers by step.
+
+    Args:
+      workdir: the run's folder.
+      step: the step that the run starts from; later rows of an earlier life are cut off.
+      wandb_project: "" for none. Needs the extra ``wandb``.
+      config: the resolved config, shown by Weights & Biases.
+    """
+
+    def __init__(self, workdir: Path, step: int, wandb_project: str, config: dict[str, Any]):
+        from tensorboardX import SummaryWriter
+
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            truncate_rows(workdir / name, step)
+        self._metrics = open(workdir / "metrics.jsonl", "a", buffering=1)
+        self._timing = open(workdir / "timing.jsonl", "a", buffering=1)
+        self._tensorboard = SummaryWriter(str(workdir / "tb"), purge_step=step + 1)
+        self._wandb = None
+        if wandb_project:
+            import wandb
+
+            self._wandb = wandb.init(project=wandb_project, dir=str(workdir), config=config, resume="allow",
+                                     id=f"{workdir.resolve().name}-{config['seed']}")  # fmt: skip
+
+    def metrics(self, step: int, row: dict[str, float]) -> None:
+        """Numbers that the same config gives again at the same step."""
+        self._write(self._metrics, step, row)
+
+    def timing(self, step: int, row: dict[str, float]) -> None:
+        """Speeds, waits and memory: they differ from run to run."""
+        self._write(self._timing, step, row)
+
+    def image(self, step: int, name: str, image: Any) -> None:
+        """A picture, uint8 ``[height, width, 3]``, for TensorBoard."""
+        self._tensorboard.add_image(name, image, step, dataformats="HWC")
+
+    def _write(self, file: Any, step: int, row: dict[str, float]) -> None:
+        file.write(json.dumps({"step": step, **row}) + "\n")
+        for name, value in row.items():
+            self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(row, step=step)
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._timing.close()
+        self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
