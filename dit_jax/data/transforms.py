@@ -1,0 +1,121 @@
+"""Pictures: from the bytes of a file to uint8 ``[size, size, 3]``.
+
+Three steps, each a pure function: `decode` turns whatever people keep in a folder into plain RGB, `cut` takes
+a square and resizes it, `mirror` flips left and right. Nothing here draws random numbers: a random crop is a
+`cut` whose place the caller has drawn.
+"""
+
+import io
+import re
+from collections.abc import Iterable
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# A written list, because Pillow knows formats that start other programs (EPS starts Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+# A picture one pixel high or wide is a tracking pixel or a placeholder.
+SHORTEST_SIDE = 2
+
+# Words that become false when the picture is mirrored; Chinese has no spaces to mark where a word ends.
+SIDES = re.compile(
+    r"\b(left|right|leftmost|rightmost|left-?hand(ed)?|right-?hand(ed)?|leftwards?|rightwards?"
+    r"|(anti|counter)?-?clockwise|east|west|eastwards?|westwards?)\b|左|右",
+    re.IGNORECASE,
+)
+
+
+class PictureError(ValueError):
+    """The bytes are not a usable picture; the message is the reason, in one line."""
+
+
+def decode(content: bytes) -> np.ndarray:
+    """Decodes a picture file as uint8 RGB, ``[height, width, 3]``.
+
+    Transparency is laid on white; palettes, CMYK, grey and 16-bit pictures are converted; of an animation the
+    first frame is taken; the EXIF orientation is applied.
+
+    Raises:
+      PictureError: empty, truncated or unknown content, a side shorter than two pixels, or more pixels than
+        ``PIL.Image.MAX_IMAGE_PIXELS`` (a decompression bomb).
+    """
+    if not content:
+        raise PictureError("empty file (0 bytes)")
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            _check_size(*image.size)
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except PictureError:
+        raise
+    except UnidentifiedImageError as error:  # its message holds a memory address: new on every run
+        raise PictureError(f"not a picture that can be read ({', '.join(FORMATS)})") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise PictureError(f"too many pixels: {error}") from error
+    except MemoryError:  # this machine's fault, not the picture's: another run would decode it
+        raise
+    except Exception as error:  # decoders let out whatever they trip over in a damaged file
+        raise PictureError(f"cannot be decoded: {error}") from error
+
+
+def _check_size(width: int, height: int) -> None:
+    if min(width, height) < SHORTEST_SIDE:
+        raise PictureError(f"too small: {width}x{height} pixels")
+    # Pillow refuses twice this number and only warns from here on.
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        limit = Image.MAX_IMAGE_PIXELS
+        raise PictureError(f"too many pixels: {width}x{height}, limit {limit} (a decompression bomb?)")
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    """Converts any mode of Pillow's to uint8 RGB."""
+    if image.mode.startswith("I"):  # 16-bit grey; 16-bit RGB reaches us as 8-bit, by the same shift
+        grey = (np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode == "F":
+        raise PictureError("floating-point pixels, whose range is not known; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.array(image.convert("RGB"))
+
+
+def cut(image: np.ndarray, size: int, across: float, down: float) -> np.ndarray:
+    """Takes the largest square of a picture and resizes it.
+
+    The same as the usual "resize the shorter side, then crop", in the other order: there are fewer pixels to
+    resample, and a picture that has the right size already comes back unchanged.
+
+    Args:
+      image: uint8 ``[height, width, 3]``.
+      size: side of the result, in pixels.
+      across: where the square lies in a wide picture, in [0, 1): 0 is the left edge, 0.5 the centre.
+      down: where it lies in a tall one: 0 is the top edge, 0.5 the centre.
+
+    Returns:
+      uint8 ``[size, size, 3]``.
+    """
+    height, width = image.shape[:2]
+    side = min(height, width)
+    left = int(across * (width - side + 1))
+    top = int(down * (height - side + 1))
+    square = np.ascontiguousarray(image[top : top + side, left : left + side])
+    if side == size:
+        return square
+    # Lanczos is antialiased; a gap of 3 lets Pillow average whole pixels first where a photo shrinks a lot.
+    resized = Image.fromarray(square).resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return np.array(resized)
+
+
+def mirror(image: np.ndarray) -> np.ndarray:
+    """Flips ``[..., width, 3]`` left and right."""
+    return np.ascontiguousarray(image[..., ::-1, :])
+
+
+def captions_speak_of_sides(captions: Iterable[str]) -> bool:
+    """Whether any caption names a side, so that mirrored pictures would contradict their captions.
+
+    The rule for flips that are chosen automatically. One mention is enough: flips that are left out cost
+    little, a wrong caption teaches that left is right.
+    """
+    return any(SIDES.search(caption) for caption in captions)
