@@ -1,0 +1,189 @@
+"""Published weights: the safetensors of a folder, and how their names and layouts become a linen tree.
+
+Our modules carry the published names, so one rule translates, in both directions:
+
+    linen                                         published (from torch)
+    encoder/layers_0/mlp/fc1/kernel [in, out]     text_model.encoder.layers.0.mlp.fc1.weight [out, in]
+    encoder/conv_in/kernel [y, x, in, out]        encoder.conv_in.weight [out, in, y, x]
+    .../scale, .../embedding                      ... .weight
+    .../bias, and parameters without a layer      the same name
+
+A tree is checked by name and shape before anything runs: nothing is initialised at random in silence.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from safetensors import safe_open
+
+Tree = dict[str, Any]
+
+TEXT_PREFIX, VISION_PREFIX, VAE_PREFIX = "text_model.", "vision_model.", ""
+# Parameters that stand beside the towers in published files, and so never carry a tower's prefix.
+UNPREFIXED = ("text_projection", "visual_projection", "logit_scale")
+
+# Tensors that published files may hold beyond what a network needs, by the prefix of the network.
+KNOWN_EXTRAS = {
+    TEXT_PREFIX: (
+        r"text_model\.embeddings\.position_ids",
+        r"text_projection\.weight",
+        r"visual_projection\.weight",
+        r"logit_scale",
+        r"vision_model\..*",
+    ),
+    VISION_PREFIX: (
+        r"vision_model\.embeddings\.position_ids",
+        r"text_projection\.weight",
+        r"visual_projection\.weight",
+        r"logit_scale",
+        r"text_model\..*",
+    ),
+    VAE_PREFIX: (),
+}
+
+# Older spellings of the VAE's attention (diffusers before 0.17), which most published files still have.
+RENAMED = (
+    (r"(mid_block\.attentions\.0)\.query\.", r"\1.to_q."),
+    (r"(mid_block\.attentions\.0)\.key\.", r"\1.to_k."),
+    (r"(mid_block\.attentions\.0)\.value\.", r"\1.to_v."),
+    (r"(mid_block\.attentions\.0)\.proj_attn\.", r"\1.to_out.0."),
+)
+
+PLAIN_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: the one it has, or the shards that its index names.
+
+    Raises:
+      FileNotFoundError: there is none, or a shard is absent.
+      ValueError: only pickles are there, which can run code and are not read, or several sets of weights.
+    """
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    single = sorted(folder.glob("*.safetensors"))
+    if len(indices) == 1:
+        shards = sorted(set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
+        absent = [name for name in shards if not (folder / name).is_file()]
+        if absent:
+            raise FileNotFoundError(f"{folder}: {indices[0].name} names shards that are not there: {absent}")
+        return [folder / name for name in shards]
+    # Folders often carry a copy in half precision (model.fp16.safetensors) beside the plain file.
+    plain = [path for path in single if path.name in PLAIN_FILES]
+    chosen = plain if len(plain) == 1 else single
+    if len(chosen) > 1 or len(indices) > 1:
+        names = [path.name for path in indices + single]
+        raise ValueError(f"{folder} holds several sets of weights, keep one of {names}")
+    if not chosen:
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+        if pickles:
+            raise ValueError(
+                f"{folder} has only pickled weights ({', '.join(pickles)}), which can run code and are not "
+                "read; convert them where torch is installed: safetensors.torch.save_file(torch.load(FILE, "
+                "weights_only=True), 'model.safetensors')"
+            )
+        raise FileNotFoundError(f"no *.safetensors in {folder}")
+    return chosen
+
+
+def read_tensors(files: list[Path]) -> dict[str, np.ndarray]:
+    """All tensors of the files, by published name, in the type they are stored in."""
+    tensors = {}
+    for path in files:
+        with safe_open(path, framework="np") as handle:
+            for name in handle.keys():  # noqa: SIM118 (a handle is no dict)
+                tensors[name] = handle.get_tensor(name)
+    return tensors
+
+
+def sha256(files: list[Path]) -> str:
+    """The hash of one file; of several, the hash of their hashes in the order of the names."""
+    digests = []
+    for path in sorted(files):
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def published_name(path: tuple[str, ...], prefix: str) -> str:
+    """The published name of the leaf at ``path`` of a linen tree."""
+    modules = [re.sub(r"_(\d+)$", r".\1", name) for name in path[:-1]]
+    name = ".".join([*modules, LEAF_NAMES.get(path[-1], path[-1])])
+    return name if path[0] in UNPREFIXED else prefix + name
+
+
+def to_published(params: Tree, prefix: str) -> dict[str, np.ndarray]:
+    """A linen parameter tree as published tensors.
+
+    ``safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})`` writes what torch reads too.
+
+    Args:
+      params: the tree under ``params`` of one network.
+      prefix: ``TEXT_PREFIX``, ``VISION_PREFIX`` or ``VAE_PREFIX``. A CLIPModel file is the union of both
+        towers and ``logit_scale``, a scalar.
+    """
+    leaves = traverse_util.flatten_dict(params)
+    return {
+        published_name(path, prefix): np.ascontiguousarray(
+            np.asarray(leaf).transpose(_published_axes(path, np.ndim(leaf)))
+        )
+        for path, leaf in leaves.items()
+    }
+
+
+def to_linen(tensors: Mapping[str, np.ndarray], shapes: Tree, prefix: str) -> Tree:
+    """Published tensors as a float32 linen parameter tree.
+
+    Args:
+      tensors: by published name, with or without the prefix, in any float type.
+      shapes: the tree to fill, whose leaves have ``shape`` (``jax.eval_shape`` of ``init``).
+      prefix: the network's, as in ``to_published``.
+
+    Raises:
+      ValueError: lists every missing, extra and misshapen tensor.
+    """
+    found = {_canonical_name(name, prefix): tensor for name, tensor in tensors.items()}
+    leaves, wrong = {}, []
+    for path, leaf in traverse_util.flatten_dict(shapes).items():
+        name, axes = published_name(path, prefix), _published_axes(path, len(leaf.shape))
+        expected = tuple(leaf.shape[axis] for axis in axes)
+        tensor = found.pop(name, None)
+        if tensor is None:
+            wrong.append(f"missing {name} {expected}")
+            continue
+        if len(expected) == 2 and tensor.shape == (*expected, 1, 1):
+            tensor = tensor[:, :, 0, 0]  # a linear layer that was published as a 1 x 1 convolution
+        if tensor.shape != expected:
+            wrong.append(f"misshapen {name} {tensor.shape}, expected {expected}")
+        elif not jnp.issubdtype(tensor.dtype, jnp.floating):
+            wrong.append(f"not of a float type: {name} is {tensor.dtype}")
+        else:
+            leaves[path] = np.ascontiguousarray(tensor.astype(np.float32).transpose(np.argsort(axes)))
+    known = re.compile("|".join(KNOWN_EXTRAS[prefix]) or r"(?!)")
+    wrong += [f"extra {name} {found[name].shape}" for name in sorted(found) if not known.fullmatch(name)]
+    if wrong:
+        raise ValueError("the weights do not fit the config:\n  " + "\n  ".join(wrong))
+    return traverse_util.unflatten_dict(leaves)
+
+
+def _canonical_name(name: str, prefix: str) -> str:
+    """One spelling for the names that published files spell in several ways."""
+    for pattern, replacement in RENAMED:
+        name = re.sub(pattern, replacement, name)
+    top = name.partition(".")[0]
+    return name if top in (*UNPREFIXED, "text_model", "vision_model") else prefix + name
+
+
+def _published_axes(path: tuple[str, ...], ndim: int) -> tuple[int, ...]:
+    """The axes of a linen leaf in the order of the published tensor."""
+    if path[-1] != "kernel":
+        return tuple(range(ndim))
+    return {2: (1, 0), 4: (3, 2, 0, 1)}[ndim]
