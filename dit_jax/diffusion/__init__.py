@@ -1,0 +1,10 @@
+"""Diffusion as pure maths: no network, no config, no files.
+
+    schedules    how much picture and how much noise is in x_t
+    process      noising, and the algebra between x0, epsilon, v and flow
+    objectives   at which times to train, and the loss
+    guidance     from a network and a text to ``denoise(x_t, t)``
+    samplers     from noise to a latent, by many calls of ``denoise``
+
+All this package knows of the network is ``predict(x_t, t, text)``; the text is an opaque pytree.
+"""
