@@ -17,10 +17,11 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "dit_jax"
 
-LEAVES = {"arrays", "trees", "sharding"}  # layer 0
+LEAVES = {"arrays", "trees", "sharding", "errors"}  # layer 0
 LIBRARIES = {"diffusion", "models", "encoders", "data"}  # layer 1: do not know each other
 ROOMS = {"training", "metrics"}  # layer 2
-PROGRAMS = set("sample evaluate train precompute export serve doctor bench __main__".split())  # layer 4
+# layer 4
+PROGRAMS = {"sample", "evaluate", "train", "precompute", "export", "serve", "doctor", "bench", "__main__"}
 BELOW_PROGRAMS = LEAVES | LIBRARIES | ROOMS | {"build"}
 
 MAY_IMPORT = {
@@ -41,7 +42,7 @@ NEEDS_ONLY = {
     "training/step.py": {"jax", "flax", "optax", "numpy"},
     "training/state.py": {"jax", "flax", "optax", "numpy"},
     "training/optimizer.py": {"jax", "flax", "optax", "numpy"},
-    "data/": {"numpy", "PIL", "grain", "scipy", "tqdm"},  # never touches a device
+    "data/": {"numpy", "PIL", "grain", "absl"},  # never touches a device
 }
 
 IMPORT_NAME = {"absl-py": "absl", "orbax-checkpoint": "orbax", "pillow": "PIL"}  # where it is not its own

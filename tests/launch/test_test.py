@@ -1,0 +1,26 @@
+"""What the test script installs and runs, on stand-in machines."""
+
+from tests.launch.stand_ins import STAND_IN_PYTHON
+
+
+def test_it_installs_the_test_extra_and_hands_its_arguments_to_pytest(machine):
+    machine.add("python3", STAND_IN_PYTHON)
+    done = machine.run("test.sh", "tests/some room", "-k", "a or b", JAX_PLATFORMS="")
+    assert done.returncode == 0, done.stderr
+    assert machine.calls() == [
+        f"-m venv {machine.folder}/environment",
+        "-m pip install --quiet --disable-pip-version-check --editable .[test]",
+        "-m pytest tests/some room -k a or b",
+    ]
+
+
+def test_more_extras_can_be_named(machine):
+    machine.add("python3", STAND_IN_PYTHON)
+    machine.run("test.sh", "--install_only", DIT_JAX_TEST_EXTRAS="torch,dev")
+    assert machine.calls()[-1].endswith(" --editable .[test,torch,dev]")
+
+
+def test_the_tests_run_on_the_cpu(machine):
+    machine.add("python3", STAND_IN_PYTHON.replace("esac", '  "-m pytest"*) echo "$JAX_PLATFORMS" ;;\nesac'))
+    assert machine.run("test.sh", JAX_PLATFORMS="cuda").stdout.endswith("\ncpu\n")
+    assert machine.run("test.sh", JAX_PLATFORMS="cuda").stdout == "cpu\n"
