@@ -94,8 +94,22 @@ class DiT(nn.Module):
     remat: str
     dtype: jnp.dtype = jnp.float32
 
+    def __post_init__(self):
+        for name, valid in CHOICES.items():
+            if getattr(self, name) not in valid:
+                raise ValueError(f"model.{name} is {getattr(self, name)!r}; it can be {', '.join(valid)}")
+        if self.out_channels not in (self.in_channels, 2 * self.in_channels):
+            raise ValueError(
+                f"model.out_channels is {self.out_channels}; it can be {self.in_channels} (in_channels)"
+                f" or {2 * self.in_channels} (with learned variance)"
+            )
+        for name in ("hidden_size", "num_layers", "num_heads", "attention_head_dim", "patch_size", "in_channels",
+                     "text_length", "text_width", "pooled_width"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be 1 or more")
+        super().__post_init__()
+
     def setup(self):
-        self._check()
         self.x_embedder = PatchEmbedder(self.patch_size, self.hidden_size, self.dtype)
         self.pos_embed = PositionEmbedder(self.hidden_size, self.dtype)
         self.t_embedder = TimestepEmbedder(self.hidden_size, self.time_scale, self.dtype)
@@ -125,20 +139,6 @@ class DiT(nn.Module):
             for _ in range(self.num_layers)
         ]
         self.final_layer = FinalLayer(self.patch_size, self.out_channels, self.dtype)
-
-    def _check(self):
-        for name, valid in CHOICES.items():
-            if getattr(self, name) not in valid:
-                raise ValueError(f"model.{name} is {getattr(self, name)!r}; it can be {', '.join(valid)}")
-        if self.out_channels not in (self.in_channels, 2 * self.in_channels):
-            raise ValueError(
-                f"model.out_channels is {self.out_channels}; it can be {self.in_channels} (in_channels)"
-                f" or {2 * self.in_channels} (with learned variance)"
-            )
-        for name in ("hidden_size", "num_layers", "num_heads", "attention_head_dim", "patch_size", "in_channels",
-                     "text_length", "text_width", "pooled_width"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be 1 or more")
 
     def null_text(self, B: int) -> TextStates:
         """The learned null caption, B times: what "no text" means in guidance and caption dropout."""

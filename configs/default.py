@@ -1,0 +1,100 @@
+"""Every key of a run, with its meaning. The other configs override a few of these; nothing below sets a default.
+
+Not a run by itself: start from quickstart.py, small.py or emoji.py.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The keys and their usual values."""
+    c = ConfigDict()
+
+    # ---- how long, how much
+    c.seed = 0  # of all randomness: parameters, noise, times, caption dropout, data order
+    c.total_steps = 100_000  # length of the run and of the learning-rate schedule; 0: use total_epochs
+    c.total_epochs = 0  # only read when total_steps is 0
+    c.stop_at_step = 0  # save and stop after this step although the run is longer; 0 is off
+    c.batch_size = 128  # pictures a step, over all devices
+    c.accumulate = 1  # slices of the batch whose gradients are added up: less memory, same loss
+
+    # ---- optimizer (AdamW)
+    c.learning_rate = 1e-4  # peak
+    c.learning_rate_schedule = "cosine"  # cosine | constant, after the warm-up
+    c.warmup_steps = 500  # from 0 to the peak; cut to total_steps // 10 when it would be the whole run
+    c.adam_b1 = 0.9
+    c.adam_b2 = 0.999
+    c.weight_decay = 0.01  # of kernels only
+    c.clip_norm = 1.0  # global norm of the gradient
+    c.ema_decay = 0.9999  # of the averaged parameters that samples are drawn with
+
+    # ---- numbers
+    c.dtype = "auto"  # compute: auto | float32 | bfloat16. auto is bfloat16 on GPU and TPU, float32 on CPU
+
+    # ---- what is written, in steps; 0 is off
+    c.log_every = 100
+    c.save_every = 5_000
+    c.sample_every = 5_000
+    c.keep_latest = 2  # newest checkpoints kept
+    c.keep_every = 0  # checkpoints at multiples of this are kept for good
+    c.wandb_project = ""  # Weights & Biases project (extra: wandb); "" is off
+
+    # ---- frozen encoders: embedded, or a folder in the published layout
+    c.vae = "embedded"
+    c.text_encoder = "embedded"
+    c.latents = ConfigDict()
+    c.latents.normalize = "vae"  # vae: the VAE's own scale and shift | measured: per channel, on the training set
+    c.latents.shift = ()  # one number per channel, found at start; model latents = (raw - shift) * scale
+    c.latents.scale = ()
+
+    # ---- data
+    c.data = ConfigDict()
+    c.data.source = "shapes"  # shapes | folder:PATH
+    c.data.image_size = 256  # pictures are resized and cropped to this square
+    c.data.crop = "center"  # center | random
+    c.data.flip = "auto"  # mirror half of the pictures: on | off | auto (off where captions speak of left and right)
+    c.data.num_pictures = 20_000  # shapes only: how many different pictures are drawn
+    c.data.max_objects = 2  # shapes only: 1, 2 or 3 objects a picture
+    c.data.encode = "once"  # once: encoder outputs are kept in memory | every_step: for sets that do not fit
+    c.data.validation_fraction = 0.0  # records set aside by a hash of their id, never trained on
+    c.data.max_bad_fraction = 0.01  # more unreadable records than this stop the run
+    c.data.workers = 0  # processes that read and decode; 0: threads of this one
+
+    # ---- diffusion
+    c.diffusion = ConfigDict()
+    c.diffusion.schedule = "scaled_linear"  # linear | scaled_linear | cosine | rectified_flow
+    c.diffusion.shift = 1.0  # resolution shift s of rectified_flow
+    c.diffusion.prediction = "epsilon"  # epsilon | v | x0 | flow
+    c.diffusion.times = "uniform"  # uniform | logit_normal
+    c.diffusion.logit_mean = 0.0  # logit_normal only
+    c.diffusion.logit_std = 1.0
+    c.caption_dropout = 0.1  # captions replaced by the learned null caption, for guidance
+
+    # ---- the model: the fields of dit_jax.models.dit.DiT
+    c.model = ConfigDict()
+    c.model.hidden_size = 384
+    c.model.num_layers = 8
+    c.model.num_heads = 6
+    c.model.attention_head_dim = 64
+    c.model.patch_size = 2
+    c.model.in_channels = 4
+    c.model.out_channels = 4  # in_channels, or twice that for learned variance
+    c.model.mlp_ratio = 4.0
+    c.model.dropout = 0.1
+    c.model.text_mode = "pooled"  # pooled: one vector per caption | cross: attend to its tokens too
+    c.model.text_pool = "eos"  # where that vector comes from: eos | mean
+    c.model.modulation = "adaln"  # adaln | adaln_zero
+    c.model.time_scale = 1000.0
+    c.model.text_length = 0  # tokens, width and pooled width of the text encoder; 0: taken from it at start
+    c.model.text_width = 0
+    c.model.pooled_width = 0
+    c.model.remat = "none"  # recomputed in the backward pass: none | dots (all but matrix products) | full
+
+    # ---- sampling: what `sample`, `evaluate` and the grids of a run use unless told otherwise
+    c.sample = ConfigDict()
+    c.sample.sampler = "ddim"  # ddpm | ddim | euler | heun
+    c.sample.eta = 0.0  # ddim only: 0 deterministic .. 1 as noisy as ddpm
+    c.sample.steps = 50
+    c.sample.guidance_scale = 4.0  # 1 is off
+    c.sample.prompts = ()  # of the grids; () takes captions of the training set
+    return c

@@ -1,0 +1,324 @@
+"""The only place where a config becomes objects.
+
+Above: programs, which hold a ConfigDict. Below: libraries, which take plain arguments and have no defaults.
+`load_config` and `read_run` give a config; `resolve` fills what depends on the encoders; every ``make_*`` turns a
+part of it into one object.
+"""
+
+import ast
+import contextlib
+import difflib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from dit_jax.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    import optax
+
+    from dit_jax.data.sources import Source
+    from dit_jax.diffusion.process import Process
+    from dit_jax.diffusion.samplers import Sampler
+    from dit_jax.encoders import VAE, TextEncoder
+    from dit_jax.models.dit import DiT
+
+# What a run that is resumed may change; every other key must be what it was.
+CHANGEABLE = (
+    "stop_at_step",
+    "log_every",
+    "save_every",
+    "sample_every",
+    "keep_latest",
+    "keep_every",
+    "wandb_project",
+    "data.workers",
+    "sample.sampler",
+    "sample.eta",
+    "sample.steps",
+    "sample.guidance_scale",
+    "sample.prompts",
+)
+
+
+# ---------------------------------------------------------------------------------------------- reading configs
+
+
+def load_config(spec: str, overrides: Mapping[str, str]) -> ConfigDict:
+    """A config from ``FILE.py[:key=value,...]`` or a run's ``config.json``, with overrides by dotted key.
+
+    Raises:
+      ConfigError: a missing file, an unknown key or a value of the wrong type.
+    """
+    name, colon, inline = spec.partition(":") if ":" in spec[2:] else (spec, "", "")
+    path = Path(name)
+    if not path.is_file():
+        presets = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py") if p.stem not in ("__init__", "default")))
+        raise ConfigError(
+            f"no config file {name} in {Path.cwd()}; " + (f"there are {presets}" if presets else "give its full path")
+        )
+    config = read_json(path) if path.suffix == ".json" else _run_config_file(path)
+    pairs = [item.partition("=") for item in inline.split(",")] if colon else []
+    apply_overrides(config, {key: value for key, _, value in pairs} | dict(overrides))
+    return config
+
+
+def _run_config_file(path: Path) -> ConfigDict:
+    """Import a config file and call its ``get_config``; `configs` beside it can be imported from it."""
+    root = str(path.resolve().parent.parent)
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    spec = importlib.util.spec_from_file_location(f"dit_jax_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def read_json(path: Path) -> ConfigDict:
+    """A resolved config, as a run keeps it."""
+    try:
+        return ConfigDict(_tuples(json.loads(path.read_text())))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a config: {error}") from error
+
+
+def read_run(workdir: Path) -> ConfigDict:
+    """The config that a run was started with."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"no run in {workdir}: there is no {path}")
+    return read_json(path)
+
+
+def to_json(config: ConfigDict) -> str:
+    """A config as JSON text; `read_json` reads it back."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """All values by dotted key."""
+    return {
+        f"{key}.{inner}" if inner else key: leaf
+        for key, value in config.items()
+        for inner, leaf in (flatten(value).items() if isinstance(value, ConfigDict) else [("", value)])
+    }
+
+
+def apply_overrides(config: ConfigDict, overrides: Mapping[str, str]) -> None:
+    """Set values from text, each read as the type of the value that it replaces."""
+    known = flatten(config)
+    for key, text in overrides.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ConfigError(f"unknown key {key!r}{hint}")
+        *parents, last = key.split(".")
+        section = config
+        for parent in parents:
+            section = section[parent]
+        section[last] = _parse(key, text, known[key])
+
+
+def _parse(key: str, text: str, old: Any) -> Any:
+    """``text`` as a value of the type of ``old``."""
+    kind = type(old)
+    try:
+        if kind is str:
+            return text
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        if kind is tuple:
+            value = ast.literal_eval(text) if text[:1] in "([" else tuple(text.split(",")) if text else ()
+            return tuple(value)
+        return kind(text.replace("_", "") if kind is int else text)
+    except (ValueError, KeyError, SyntaxError, TypeError) as error:
+        raise ConfigError(f"{key} takes a {kind.__name__}, not {text!r} (it is {old!r})") from error
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """Keys that differ between a run's config and another, other than those that may change, as ``key: old -> new``."""
+    a, b = flatten(old), flatten(new)
+    changed = [key for key in sorted(a.keys() | b.keys()) if key not in CHANGEABLE and a.get(key) != b.get(key)]
+    return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in changed]
+
+
+# ------------------------------------------------------------------------------------------------- filling gaps
+
+
+def resolve(config: ConfigDict, num_records: int, vae: "VAE", text_encoder: "TextEncoder") -> list[str]:
+    """Fill in place what depends on the data and the encoders, and check that all fits together.
+
+    Returns:
+      Warnings, one line each.
+
+    Raises:
+      ConfigError: values that cannot go together, each with the key that mends it.
+    """
+    warnings = []
+    if not config.total_steps:
+        if not config.total_epochs:
+            raise ConfigError("total_steps and total_epochs are both 0; set one of them")
+        config.total_steps = -(-config.total_epochs * num_records // config.batch_size)
+    if config.warmup_steps >= config.total_steps:
+        cut = config.total_steps // 10
+        warnings.append(f"warmup_steps {config.warmup_steps} >= total_steps {config.total_steps}: cut to {cut}")
+        config.warmup_steps = cut
+    _check_positive(config, ("total_steps", "batch_size", "accumulate", "keep_latest"))
+    if config.batch_size % config.accumulate:
+        raise ConfigError(f"batch_size {config.batch_size} is not divisible by accumulate {config.accumulate}")
+    for key, value in {
+        "text_length": text_encoder.length,
+        "text_width": text_encoder.width,
+        "pooled_width": text_encoder.pooled_width,
+    }.items():
+        if config.model[key] not in (0, value):
+            raise ConfigError(f"model.{key} is {config.model[key]}, but {text_encoder.name} has {value}; set it to 0")
+        config.model[key] = value
+    if config.model.in_channels != vae.channels:
+        raise ConfigError(f"model.in_channels is {config.model.in_channels}, but {vae.name} has {vae.channels}")
+    unit = vae.factor * config.model.patch_size
+    if config.data.image_size % unit or config.data.image_size < unit:
+        raise ConfigError(
+            f"data.image_size is {config.data.image_size}; it must be a multiple of {unit}"
+            f" ({vae.factor} of the VAE x model.patch_size {config.model.patch_size})"
+        )
+    return warnings
+
+
+def _check_positive(config: ConfigDict, keys: Sequence[str]) -> None:
+    for key in keys:
+        if config[key] < 1:
+            raise ConfigError(f"{key} is {config[key]}; it must be 1 or more")
+
+
+def compute_dtype(name: str, platform: str) -> jnp.dtype:
+    """The dtype of the network's arithmetic: ``auto`` is bfloat16 on GPU and TPU, float32 on CPU."""
+    choices = {
+        "auto": jnp.float32 if platform == "cpu" else jnp.bfloat16,
+        "float32": jnp.float32,
+        "bfloat16": jnp.bfloat16,
+    }
+    return _choose("dtype", name, choices)
+
+
+@contextlib.contextmanager
+def config_errors(section: str) -> Iterator[None]:
+    """A value that a library refuses was the user's word in this section: say so in one line."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{section}: {error}") from error
+
+
+def _choose(key: str, name: str, choices: Mapping[str, Any]) -> Any:
+    if name not in choices:
+        raise ConfigError(f"{key} is {name!r}; it can be {', '.join(choices)}")
+    return choices[name]
+
+
+# ------------------------------------------------------------------------------------------------------ objects
+
+
+def make_vae(config: ConfigDict) -> "VAE":
+    """The frozen VAE, in float32."""
+    from dit_jax.encoders import load_vae
+
+    return load_vae(config.vae)
+
+
+def make_text_encoder(config: ConfigDict) -> "TextEncoder":
+    """The frozen text encoder."""
+    from dit_jax.encoders import load_text_encoder
+
+    return load_text_encoder(config.text_encoder)
+
+
+def make_source(config: ConfigDict, part: str) -> "Source":
+    """The records to train on (``part="train"``) or those set aside (``"validation"``)."""
+    from dit_jax.data.shapes_world import ShapesWorld
+    from dit_jax.data.sources import Folder, split
+
+    kind, _, place = config.data.source.partition(":")
+    if kind == "shapes" and not place:
+        if config.data.max_objects not in (1, 2, 3):
+            raise ConfigError(f"data.max_objects is {config.data.max_objects}; it can be 1, 2, 3")
+        objects = tuple(range(1, config.data.max_objects + 1))
+        source = ShapesWorld(config.seed, config.data.num_pictures, objects=objects, combinations="seen")
+    elif kind == "folder" and place:
+        source = Folder(place)
+    else:
+        raise ConfigError(f"data.source is {config.data.source!r}; it can be shapes or folder:PATH")
+    fraction = config.data.validation_fraction
+    if not 0.0 <= fraction < 1.0:
+        raise ConfigError(f"data.validation_fraction is {fraction}; it must be in [0, 1)")
+    return split(source, fraction, part)
+
+
+def make_model(config: ConfigDict, dtype: jnp.dtype) -> "DiT":
+    """The network, unbound."""
+    from dit_jax.models.dit import DiT
+
+    with config_errors("model"):
+        return DiT(**config.model, dtype=dtype)
+
+
+def make_process(config: ConfigDict) -> "Process":
+    """The forward process and the meaning of the prediction."""
+    from dit_jax.diffusion.process import Process
+    from dit_jax.diffusion.schedules import make_schedule
+
+    with config_errors("diffusion"):
+        schedule = make_schedule(config.diffusion.schedule, config.diffusion.shift)
+        return Process(schedule, config.diffusion.prediction)
+
+
+def make_times(config: ConfigDict, process: "Process") -> Callable[[jax.Array], jax.Array]:
+    """Keys ``[B]`` -> training times ``[B]``."""
+    from dit_jax.diffusion import objectives
+
+    d = config.diffusion
+    choices = {
+        "uniform": lambda: objectives.uniform(process.schedule),
+        "logit_normal": lambda: objectives.logit_normal(process.schedule, d.logit_mean, d.logit_std),
+    }
+    with config_errors("diffusion"):
+        return _choose("diffusion.times", d.times, choices)()
+
+
+def make_sampler(config: ConfigDict, name: str, process: "Process", grid: Any) -> "Sampler":
+    """A sampler by name for a process and a time grid."""
+    from dit_jax.diffusion import samplers
+
+    choices = {
+        "ddpm": lambda: samplers.ddpm(process, grid),
+        "ddim": lambda: samplers.ddim(process, grid, config.sample.eta),
+        "euler": lambda: samplers.euler(process, grid),
+        "heun": lambda: samplers.heun(process, grid),
+    }
+    return _choose("sampler", name, choices)()
+
+
+def make_optimizer(config: ConfigDict) -> tuple["optax.GradientTransformation", "optax.Schedule"]:
+    """The optimizer and its learning-rate schedule."""
+    from dit_jax.training import optimizer
+
+    schedule = optimizer.learning_rate_schedule(
+        config.learning_rate_schedule, config.learning_rate, config.warmup_steps, config.total_steps
+    )
+    adamw = optimizer.make_optimizer(
+        schedule, config.adam_b1, config.adam_b2, config.weight_decay, config.clip_norm
+    )
+    return adamw, schedule

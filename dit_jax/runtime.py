@@ -1,0 +1,98 @@
+"""How every program starts and ends: devices, compile cache, quiet libraries, exit codes.
+
+=====  =======================================  =====  ==============================
+0      done                                     5      checkpoint unusable
+1      internal error, with its traceback       6      out of memory
+2      usage or config                          130    interrupted (Ctrl-C)
+3      data
+4      diverged (loss not finite)
+=====  =======================================  =====  ==============================
+"""
+
+import argparse
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from dit_jax.errors import ConfigError, UserError
+
+OUT_OF_MEMORY = 6
+INTERRUPTED = 130
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that every program has."""
+    group = parser.add_argument_group("process")
+    group.add_argument("--allow_cpu", action="store_true", help="run on CPU although there is an NVIDIA device")
+    group.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    group.add_argument("-v", "--verbose", action="store_true", help="show what the libraries log")
+
+
+def run_program(main: Callable[[], None], show_traceback: bool) -> None:
+    """Call ``main`` and exit as the table says; a `UserError` becomes one line, a bug keeps its traceback."""
+    try:
+        main()
+    except UserError as error:
+        _end(f"{error.kind}: {error}", error.exit_code, show_traceback)
+    except KeyboardInterrupt:
+        _end("interrupted", INTERRUPTED, show_traceback)
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        mend = "lower batch_size, raise accumulate, or set model.remat to dots (then full)"
+        _end(f"out of memory: the device cannot hold this; {mend}", OUT_OF_MEMORY, show_traceback)
+
+
+def _end(line: str, code: int, show_traceback: bool) -> None:
+    if show_traceback:
+        traceback.print_exc()
+    print(line, file=sys.stderr)
+    sys.exit(code)
+
+
+def set_up(allow_cpu: bool, verbose: bool) -> None:
+    """Quiet the libraries, turn the compile cache on, make random numbers independent of sharding, check the device.
+
+    The cache lies in ``JAX_COMPILATION_CACHE_DIR`` or in the user's own cache folder, for this user only: what is
+    in it is run as code.
+
+    Raises:
+      ConfigError: an NVIDIA device is present, but JAX would run on CPU and nobody asked for that.
+    """
+    if not verbose:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        for name in ("absl", "jax", "orbax", "grain"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dit_jax" / "compiled"
+        cache.mkdir(parents=True, exist_ok=True)
+        cache.chmod(0o700)
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    jax.config.update("jax_threefry_partitionable", True)
+    if jax.default_backend() == "cpu" and not allow_cpu and os.environ.get("JAX_PLATFORMS") != "cpu":
+        driver = _nvidia_driver()
+        if driver:
+            extra = "cuda13" if int(driver.split(".")[0]) >= 580 else "cuda12"
+            raise ConfigError(
+                f"there is an NVIDIA device (driver {driver}), but JAX runs on CPU: pip install '.[{extra}]',"
+                " or pass --allow_cpu"
+            )
+
+
+def _nvidia_driver() -> str | None:
+    """The version of the NVIDIA driver, or None where there is no device."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    first = answer.stdout.strip().splitlines()[:1]
+    return first[0] if answer.returncode == 0 and first and first[0].split(".")[0].isdigit() else None
