@@ -52,12 +52,16 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 each_source = pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
 
 
-def imports(source: Path, inside_functions: bool) -> Iterator[str]:
-    """Dotted names that a file imports; ``from a import b`` counts as ``a.b``."""
+def imports(source: Path, later: bool) -> Iterator[str]:
+    """Dotted names that a file imports; ``from a import b`` counts as ``a.b``.
+
+    ``later`` counts also what importing the file does not: the inside of functions, and what types need.
+    """
     waiting: list[ast.AST] = [ast.parse(source.read_text(encoding="utf-8"))]
     while waiting:
         node = waiting.pop()
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not inside_functions:
+        for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if not later and (for_types or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
             continue
         waiting.extend(ast.iter_child_nodes(node))
         if isinstance(node, ast.Import):
@@ -89,16 +93,14 @@ def core_dependencies() -> set[str]:
 def test_imports_only_go_down(source):
     room = room_of(source)
     assert room in MAY_IMPORT, f"{source.name} is a new room: give it a layer in MAY_IMPORT"
-    ours = [
-        name.split(".")[1] for name in imports(source, inside_functions=True) if name.startswith("dit_jax.")
-    ]
+    ours = [name.split(".")[1] for name in imports(source, later=True) if name.startswith("dit_jax.")]
     used = {name for name in ours if name in MAY_IMPORT} - {room}
     assert used <= MAY_IMPORT[room], f"{room} may not import {sorted(used - MAY_IMPORT[room])}"
 
 
 @each_source
 def test_what_is_imported_at_the_top_is_a_core_dependency(source):
-    undeclared = third_party(imports(source, inside_functions=False)) - core_dependencies()
+    undeclared = third_party(imports(source, later=False)) - core_dependencies()
     assert not undeclared, f"not in install_requires of setup.cfg: {sorted(undeclared)}"
 
 
@@ -107,12 +109,12 @@ def test_rooms_that_promise_to_need_little_keep_the_promise(source):
     path = source.relative_to(PACKAGE).as_posix()
     for start, allowed in NEEDS_ONLY.items():
         if path.startswith(start):
-            assert third_party(imports(source, inside_functions=True)) <= allowed
+            assert third_party(imports(source, later=True)) <= allowed
 
 
 @pytest.mark.skipif(not (PACKAGE / "main.py").exists(), reason="the programs are not there yet")
 def test_every_core_dependency_is_used():
-    used = set().union(*(third_party(imports(source, inside_functions=True)) for source in SOURCES))
+    used = set().union(*(third_party(imports(source, later=True)) for source in SOURCES))
     assert core_dependencies() <= used
 
 
@@ -120,7 +122,7 @@ def test_build_reads_encoders_and_data_only_when_asked():
     build = PACKAGE / "build.py"
     if not build.exists():
         pytest.skip("build.py is not there yet")
-    top = {".".join(name.split(".")[:2]) for name in imports(build, inside_functions=False)}
+    top = {".".join(name.split(".")[:2]) for name in imports(build, later=False)}
     assert not top & {"dit_jax.encoders", "dit_jax.data"}
 
 
