@@ -15,16 +15,15 @@ samples ahead of their use; it keeps no state that a checkpoint would need.
 import contextlib
 import functools
 import itertools
-import json
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from enum import IntEnum
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from absl import flags
 
+from dit_jax.data.bad_records import BadRecords, Replaced
 from dit_jax.data.sources import BadRecord, DataError, Record, Source
 from dit_jax.data.transforms import cut, mirror
 
@@ -50,8 +49,8 @@ class Purpose(IntEnum):
 def random_words(count: int, seed: int, purpose: Purpose, *numbers: int) -> np.ndarray:
     """Random uint64 ``[count]`` that depend on the arguments alone.
 
-    These are raw words of the bit generator, whose stream numpy promises to keep (NEP 19). What
-    ``Generator.permutation`` makes of them may change between releases, and with it the order of a resumed run.
+    Raw words of the bit generator, because numpy promises to keep their stream (NEP 19). What
+    ``Generator.permutation`` makes of them may change between releases, and a resumed run with it.
     """
     return np.random.PCG64(np.random.SeedSequence([seed, purpose, *numbers])).random_raw(count)
 
@@ -96,20 +95,12 @@ def is_mirrored(k: int, seed: int) -> bool:
 
 
 def crop_place(k: int, seed: int) -> tuple[float, float]:
-    """Where sample ``k`` is cropped, where random crops are on: ``across`` and ``down`` of `transforms.cut`."""
-    across, down = (random_words(2, seed, Purpose.CROP, k) >> 11) * 2.0**-53  # 53 bits fill a float in [0, 1)
+    """Where sample ``k`` is cropped, if random crops are on: ``across`` and ``down`` of `transforms.cut`."""
+    across, down = (random_words(2, seed, Purpose.CROP, k) >> 11) * 2.0**-53  # 53 bits: a float in [0, 1)
     return float(across), float(down)
 
 
-# --- bad records --------------------------------------------------------------------------------------------
-
-
-class Replaced(NamedTuple):
-    """A row of ``bad_records.jsonl``: ids of a bad record and of its stand-in, and what is wrong."""
-
-    id: str
-    reason: str
-    replaced_by: str
+# --- samples and batches ------------------------------------------------------------------------------------
 
 
 class Reading(NamedTuple):
@@ -137,67 +128,6 @@ def read(source: Source, index: int, seed: int) -> Reading:
             record = source[other]
             return Reading(record, other, Replaced(bad.id, bad.reason, record.id))
     raise DataError(f"{source.name}: {bad}, and no usable record was found in its place among {n}")
-
-
-class BadRecords:
-    """Counts bad records, lists each once in a file, and stops a run that has too many.
-
-    Args:
-      path: ``bad_records.jsonl`` of the run, appended to; None lists nothing.
-      max_bad_fraction: the largest share of the source's records that may be bad.
-      num_records: length of the source.
-
-    Raises:
-      ValueError: ``max_bad_fraction`` is not in [0, 1].
-    """
-
-    def __init__(self, path: Path | None, max_bad_fraction: float, num_records: int):
-        if not 0 <= max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction is {max_bad_fraction}, must be in [0, 1]")
-        self._path = path
-        self._max_bad_fraction = max_bad_fraction
-        self._num_records = num_records
-        self._listed = _listed_ids(path) if path and path.exists() else set()
-        self._seen: dict[str, str] = {}  # id -> reason, of this process: a resumed run may have been repaired
-
-    def __len__(self) -> int:
-        return len(self._seen)
-
-    def add(self, row: Replaced) -> None:
-        """Notes a replaced record.
-
-        Raises:
-          DataError: more than ``max_bad_fraction`` of the source is bad.
-        """
-        if row.id in self._seen:
-            return
-        self._seen[row.id] = row.reason
-        if self._path and row.id not in self._listed:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row._asdict()) + "\n")
-        if len(self) > self._max_bad_fraction * self._num_records:
-            first = "; ".join(f"{id}: {reason}" for id, reason in itertools.islice(self._seen.items(), 3))
-            listed = f" (all so far in {self._path})" if self._path else ""
-            raise DataError(
-                f"{len(self)} of {self._num_records} records are bad, more than "
-                f"max_bad_fraction={self._max_bad_fraction} allows; the first: {first}{listed}"
-            )
-
-
-def _listed_ids(path: Path) -> set[str]:
-    """Ids in an earlier list. A line that a killed process left half-written is closed and forgotten."""
-    ids = set()
-    text = path.read_text(encoding="utf-8")
-    for line in text.splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            ids.add(json.loads(line)["id"])
-    if text and not text.endswith("\n"):
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n")
-    return ids
-
-
-# --- samples and batches ------------------------------------------------------------------------------------
 
 
 class Sample(NamedTuple):

@@ -1,0 +1,75 @@
+"""The list of a run's bad records: what they are, what stands in for them, and when there are too many."""
+
+import contextlib
+import itertools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from dit_jax.data.sources import DataError
+
+
+class Replaced(NamedTuple):
+    """A row of ``bad_records.jsonl``: ids of a bad record and of its stand-in, and what is wrong."""
+
+    id: str
+    reason: str
+    replaced_by: str
+
+
+class BadRecords:
+    """Counts bad records, lists each once in a file, and stops a run that has too many.
+
+    Args:
+      path: ``bad_records.jsonl`` of the run, appended to; None lists nothing.
+      max_bad_fraction: the largest share of the source's records that may be bad.
+      num_records: length of the source.
+
+    Raises:
+      ValueError: ``max_bad_fraction`` is not in [0, 1].
+    """
+
+    def __init__(self, path: Path | None, max_bad_fraction: float, num_records: int):
+        if not 0 <= max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction is {max_bad_fraction}, must be in [0, 1]")
+        self._path = path
+        self._max_bad_fraction = max_bad_fraction
+        self._num_records = num_records
+        self._listed = _listed_ids(path) if path and path.exists() else set()
+        self._seen: dict[str, str] = {}  # id -> reason, of this process: a resumed run may have been repaired
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def add(self, row: Replaced) -> None:
+        """Notes a replaced record.
+
+        Raises:
+          DataError: more than ``max_bad_fraction`` of the source is bad.
+        """
+        if row.id in self._seen:
+            return
+        self._seen[row.id] = row.reason
+        if self._path and row.id not in self._listed:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row._asdict()) + "\n")
+        if len(self) > self._max_bad_fraction * self._num_records:
+            first = "; ".join(f"{id}: {reason}" for id, reason in itertools.islice(self._seen.items(), 3))
+            listed = f" (all so far in {self._path})" if self._path else ""
+            raise DataError(
+                f"{len(self)} of {self._num_records} records are bad, more than "
+                f"max_bad_fraction={self._max_bad_fraction} allows; the first: {first}{listed}"
+            )
+
+
+def _listed_ids(path: Path) -> set[str]:
+    """Ids in an earlier list. A line that a killed process left half-written is closed and forgotten."""
+    ids = set()
+    text = path.read_text(encoding="utf-8")
+    for line in text.splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            ids.add(json.loads(line)["id"])
+    if text and not text.endswith("\n"):
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n")
+    return ids
