@@ -260,8 +260,7 @@ def render(scene: Scene) -> np.ndarray:
     image = Image.new("RGB", large, BACKGROUNDS[scene.background])
     draw = ImageDraw.Draw(image)
     for item in scene.objects:
-        # Pillow's coordinates are those of pixel centres
-        corners = item.outline * SUPERSAMPLING - 0.5
+        corners = item.outline * SUPERSAMPLING  # Pillow rounds down, to the pixel that a corner lies in
         draw.polygon(corners.ravel().tolist(), fill=COLOURS[item.colour])
     return np.asarray(image.reduce(SUPERSAMPLING))
 
