@@ -22,7 +22,7 @@ LIBRARIES = {"diffusion", "models", "encoders", "data"}  # layer 1: do not know 
 ROOMS = {"training", "metrics"}  # layer 2
 # layer 4
 PROGRAMS = {"sample", "evaluate", "train", "precompute", "export", "serve", "doctor", "bench", "__main__"}
-BELOW_PROGRAMS = LEAVES | LIBRARIES | ROOMS | {"build"}
+BELOW_PROGRAMS = LEAVES | LIBRARIES | ROOMS | {"build", "runtime"}
 
 MAY_IMPORT = {
     "__init__": set(),
@@ -30,6 +30,7 @@ MAY_IMPORT = {
     **{library: LEAVES for library in LIBRARIES},
     **{room: LEAVES | LIBRARIES for room in ROOMS},
     "build": LEAVES | LIBRARIES | ROOMS,
+    "runtime": LEAVES,  # how programs start and end
     **{program: BELOW_PROGRAMS | {"sample"} for program in PROGRAMS},
     "train": BELOW_PROGRAMS | {"sample", "evaluate"},
     "main": PROGRAMS,
