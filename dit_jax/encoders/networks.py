@@ -46,8 +46,12 @@ VAE_DEFAULTS: Config = {
     "use_post_quant_conv": True,
     "mid_block_add_attention": True,
 }
-# How raw latents become model latents; not part of the network.
+# Of the same file, but for latents.py: how raw latents become model latents.
 LATENT_DEFAULTS: Config = {"scaling_factor": 0.18215, "shift_factor": None}
+
+TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel")
+VISION_CLASSES = ("CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPModel")
+VAE_CLASSES = ("AutoencoderKL",)
 
 
 def read_config(folder: Path) -> Config:
@@ -77,6 +81,7 @@ def text_network(
     Raises:
       ValueError: the config asks for what the network cannot do.
     """
+    _check_class(config, TEXT_CLASSES)
     fields = _tower_fields(config, "text_config", TEXT_DEFAULTS, project)
     if not 0 <= skip_layers <= fields["num_hidden_layers"]:
         raise ValueError(f"skip_layers={skip_layers} of a network with {fields['num_hidden_layers']} layers")
@@ -85,6 +90,7 @@ def text_network(
 
 def vision_network(config: Config, *, project: bool, dtype: DTypeLike) -> CLIPVisionModel:
     """The vision tower of a CLIPVisionModel or CLIPModel config; arguments as in ``text_network``."""
+    _check_class(config, VISION_CLASSES)
     return CLIPVisionModel(**_tower_fields(config, "vision_config", VISION_DEFAULTS, project), dtype=dtype)
 
 
@@ -94,6 +100,7 @@ def vae_network(config: Config, *, dtype: DTypeLike) -> AutoencoderKL:
     Raises:
       ValueError: the config asks for what the network cannot do.
     """
+    _check_class(config, VAE_CLASSES)
     blocks = {*config.get("down_block_types", ()), *config.get("up_block_types", ())}
     if config.get("act_fn", "silu") not in ("silu", "swish"):
         raise ValueError(f"act_fn {config['act_fn']!r} of the VAE is not known; known: silu")
@@ -109,10 +116,20 @@ def vae_network(config: Config, *, dtype: DTypeLike) -> AutoencoderKL:
     return AutoencoderKL(**fields, dtype=dtype)
 
 
-def latent_factors(config: Config) -> tuple[float, float | None]:
-    """``scaling_factor`` and ``shift_factor`` of an AutoencoderKL config."""
-    factors = _with_defaults(config, LATENT_DEFAULTS)
-    return factors["scaling_factor"], factors["shift_factor"]
+def is_projected(config: Config) -> bool:
+    """Whether the published class of this config returns projected pooled states."""
+    return _published_class(config).endswith("WithProjection")
+
+
+def _published_class(config: Config) -> str:
+    """The class that wrote the config, "" where it does not say."""
+    return config.get("_class_name") or (config.get("architectures") or [""])[0]
+
+
+def _check_class(config: Config, known: tuple[str, ...]) -> None:
+    """Refuses the config of another network."""
+    if _published_class(config) not in ("", *known):
+        raise ValueError(f"config.json is of {_published_class(config)}; expected {' or '.join(known)}")
 
 
 def _with_defaults(config: Config, defaults: Config) -> Config:

@@ -1,0 +1,125 @@
+"""Captions to token ids, with CLIP's byte-pair vocabulary, through transformers' tokenizer.
+
+    [BOS, token, ..., token, EOS, PAD, ..., PAD]      S ids; the mask is true from BOS to EOS
+
+A caption of more than S - 2 tokens is cut, never in silence: a warning shows the words that were lost.
+"""
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+
+LongPrompt = Literal["truncate", "error"]
+
+SHOWN_CAPTIONS = 3  # of those cut, in one warning
+SHOWN_CHARACTERS = 200  # of what each of them lost
+
+
+class Tokenizer:
+    """A CLIP tokenizer with a fixed length.
+
+    Args:
+      folder: holds ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``; the padding token is the one
+        that its config files name.
+      length: S, BOS and EOS included.
+
+    Attributes:
+      length: S.
+      vocab_size: one more than the largest id.
+    """
+
+    def __init__(self, folder: Path, length: int):
+        # transformers greets everyone who has no torch with a warning; here nobody needs it.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        from transformers import CLIPTokenizerFast  # a second to import, and only prompts need it
+
+        self._tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+        self.length = length
+        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+
+    def __call__(
+        self, texts: Sequence[str], long_prompt: LongPrompt = "truncate"
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and mask of captions.
+
+        Args:
+          texts: B captions; "" is a caption of no tokens.
+          long_prompt: what to do with a caption that is too long: ``truncate`` it with a warning that
+            shows the words cut off, or make it an ``error``.
+
+        Returns:
+          ids int32 ``[B, S]`` and mask bool ``[B, S]``.
+
+        Raises:
+          ValueError: a caption is too long and ``long_prompt`` is ``error``, or has another value.
+        """
+        if long_prompt not in get_args(LongPrompt):
+            raise ValueError(f"long_prompt={long_prompt!r}; valid: {', '.join(get_args(LongPrompt))}")
+        if isinstance(texts, str):
+            raise ValueError(f"expected a list of captions, got the single string {texts!r}")
+        ids = np.full((len(texts), self.length), self._tokenizer.pad_token_id, np.int32)
+        mask = np.zeros((len(texts), self.length), bool)
+        room = self.length - 2
+        cut = []
+        for i, (text, (tokens, offsets)) in enumerate(zip(texts, self._split(texts), strict=True)):
+            if len(tokens) > room:
+                cut.append((len(tokens) + 2, _words_from(text, offsets[room][0])))
+            row = [self._tokenizer.bos_token_id, *tokens[:room], self._tokenizer.eos_token_id]
+            ids[i, : len(row)] = row
+            mask[i, : len(row)] = True
+        if cut:
+            message = self._long_message(cut, len(texts))
+            if long_prompt == "error":
+                raise ValueError(message)
+            warnings.warn(message, stacklevel=2)
+        return ids, mask
+
+    def _split(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Per caption its tokens, without BOS and EOS, and where in the text each begins and ends."""
+        if not texts:
+            return []
+        found = self._tokenizer(
+            list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
+
+    def _long_message(self, cut: list[tuple[int, str]], total: int) -> str:
+        """How many captions were too long, and of the first few how long they are and what they lost."""
+        shown = []
+        for count, lost in cut[:SHOWN_CAPTIONS]:
+            dots = "..." if len(lost) > SHOWN_CHARACTERS else ""
+            shown.append(f"one has {count}, cut off: {lost[:SHOWN_CHARACTERS] + dots!r}")
+        if len(cut) > SHOWN_CAPTIONS:
+            shown.append(f"and {len(cut) - SHOWN_CAPTIONS} more")
+        return f"{len(cut)} of {total} captions are longer than {self.length} tokens: {'; '.join(shown)}"
+
+
+def find_tokenizer(folder: Path) -> Path:
+    """The folder of the tokenizer of the text encoder in ``folder``: itself, or its sibling.
+
+    ``text_encoder`` goes with ``tokenizer``, ``text_encoder_2`` with ``tokenizer_2``.
+
+    Raises:
+      FileNotFoundError: neither holds a tokenizer.
+    """
+    sibling = folder.parent / folder.name.replace("text_encoder", "tokenizer")
+    candidates = [folder, sibling] if sibling != folder else [folder, folder.parent / "tokenizer"]
+    for candidate in candidates:
+        has_vocabulary = (candidate / "vocab.json").is_file() and (candidate / "merges.txt").is_file()
+        if has_vocabulary or (candidate / "tokenizer.json").is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"no tokenizer for {folder}: neither vocab.json with merges.txt nor tokenizer.json in "
+        f"{' or '.join(str(candidate) for candidate in candidates)}"
+    )
+
+
+def _words_from(text: str, start: int) -> str:
+    """The rest of the text, from the beginning of the word that ``start`` lies in."""
+    while start > 0 and not text[start - 1].isspace():
+        start -= 1
+    return " ".join(text[start:].split())
