@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from dit_jax.errors import CheckpointError, ConfigError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from dit_jax.diffusion.process import Process
     from dit_jax.diffusion.samplers import Sampler
     from dit_jax.encoders import VAE, TextEncoder
+    from dit_jax.encoders.latents import LatentScale
     from dit_jax.models.dit import DiT
 
 # What a run that is resumed may change; every other key must be what it was.
@@ -158,7 +160,9 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
 # ------------------------------------------------------------------------------------------------- filling gaps
 
 
-def resolve(config: ConfigDict, num_records: int, vae: "VAE", text_encoder: "TextEncoder") -> list[str]:
+def resolve(
+    config: ConfigDict, num_records: int, vae: "VAE", text_encoder: "TextEncoder", num_devices: int
+) -> list[str]:
     """Fill in place what depends on the data and the encoders, and check that all fits together.
 
     Returns:
@@ -177,8 +181,13 @@ def resolve(config: ConfigDict, num_records: int, vae: "VAE", text_encoder: "Tex
         warnings.append(f"warmup_steps {config.warmup_steps} >= total_steps {config.total_steps}: cut to {cut}")
         config.warmup_steps = cut
     _check_positive(config, ("total_steps", "batch_size", "accumulate", "keep_latest"))
-    if config.batch_size % config.accumulate:
-        raise ConfigError(f"batch_size {config.batch_size} is not divisible by accumulate {config.accumulate}")
+    if config.batch_size % (config.accumulate * num_devices):
+        raise ConfigError(
+            f"batch_size {config.batch_size} is not divisible by accumulate {config.accumulate}"
+            f" x {num_devices} devices"
+        )
+    if config.data.encode == "once" and config.data.crop == "random":
+        raise ConfigError("data.crop=random needs data.encode=every_step: pictures that are encoded once are cut once")
     for key, value in {
         "text_length": text_encoder.length,
         "text_width": text_encoder.width,
@@ -187,8 +196,8 @@ def resolve(config: ConfigDict, num_records: int, vae: "VAE", text_encoder: "Tex
         if config.model[key] not in (0, value):
             raise ConfigError(f"model.{key} is {config.model[key]}, but {text_encoder.name} has {value}; set it to 0")
         config.model[key] = value
-    if config.model.in_channels != vae.channels:
-        raise ConfigError(f"model.in_channels is {config.model.in_channels}, but {vae.name} has {vae.channels}")
+    if config.model.in_channels != vae.network.latent_channels:
+        raise ConfigError(f"model.in_channels is {config.model.in_channels}, but {vae.name} has {vae.network.latent_channels}")
     unit = vae.factor * config.model.patch_size
     if config.data.image_size % unit or config.data.image_size < unit:
         raise ConfigError(
@@ -196,6 +205,25 @@ def resolve(config: ConfigDict, num_records: int, vae: "VAE", text_encoder: "Tex
             f" ({vae.factor} of the VAE x model.patch_size {config.model.patch_size})"
         )
     return warnings
+
+
+def take_over(config: ConfigDict, workdir: Path) -> None:
+    """Compare with the config of the run that lives in ``workdir``, if any, and fill gaps with what it found.
+
+    Raises:
+      ConfigError: a key differs that a resumed run may not change.
+    """
+    if not (workdir / "config.json").is_file():
+        return
+    old = read_run(workdir)
+    if not config.latents.scale and config.latents.normalize == old.latents.normalize:
+        config.latents = old.latents
+    changed = differences(old, config)
+    if changed:
+        raise ConfigError(
+            f"{workdir} belongs to a run with another config ({'; '.join(changed)});"
+            " give another --workdir, or set the keys back"
+        )
 
 
 def _check_positive(config: ConfigDict, keys: Sequence[str]) -> None:
@@ -219,7 +247,7 @@ def config_errors(section: str) -> Iterator[None]:
     """A value that a library refuses was the user's word in this section: say so in one line."""
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, FileNotFoundError) as error:
         raise ConfigError(f"{section}: {error}") from error
 
 
@@ -236,14 +264,16 @@ def make_vae(config: ConfigDict) -> "VAE":
     """The frozen VAE, in float32."""
     from dit_jax.encoders import load_vae
 
-    return load_vae(config.vae)
+    with config_errors("vae"):
+        return load_vae(config.vae)
 
 
 def make_text_encoder(config: ConfigDict) -> "TextEncoder":
     """The frozen text encoder."""
     from dit_jax.encoders import load_text_encoder
 
-    return load_text_encoder(config.text_encoder)
+    with config_errors("text_encoder"):
+        return load_text_encoder(config.text_encoder)
 
 
 def make_source(config: ConfigDict, part: str) -> "Source":
@@ -265,6 +295,14 @@ def make_source(config: ConfigDict, part: str) -> "Source":
     if not 0.0 <= fraction < 1.0:
         raise ConfigError(f"data.validation_fraction is {fraction}; it must be in [0, 1)")
     return split(source, fraction, part)
+
+
+def choose_flip(config: ConfigDict, source: "Source") -> bool:
+    """Whether half of the pictures are mirrored: as told, or where no caption speaks of left and right."""
+    from dit_jax.data.transforms import captions_speak_of_sides
+
+    choices = {"on": lambda: True, "off": lambda: False, "auto": lambda: not captions_speak_of_sides(source.captions())}
+    return _choose("data.flip", config.data.flip, choices)()
 
 
 def make_model(config: ConfigDict, dtype: jnp.dtype) -> "DiT":
@@ -298,17 +336,20 @@ def make_times(config: ConfigDict, process: "Process") -> Callable[[jax.Array], 
         return _choose("diffusion.times", d.times, choices)()
 
 
-def make_sampler(config: ConfigDict, name: str, process: "Process", grid: Any) -> "Sampler":
-    """A sampler by name for a process and a time grid."""
-    from dit_jax.diffusion import samplers
+def make_latents(config: ConfigDict) -> "LatentScale":
+    """The map between raw and model latents that a resolved config states."""
+    from dit_jax.encoders.latents import LatentScale
 
-    choices = {
-        "ddpm": lambda: samplers.ddpm(process, grid),
-        "ddim": lambda: samplers.ddim(process, grid, config.sample.eta),
-        "euler": lambda: samplers.euler(process, grid),
-        "heun": lambda: samplers.heun(process, grid),
-    }
-    return _choose("sampler", name, choices)()
+    return LatentScale(np.asarray(config.latents.shift, np.float32), np.asarray(config.latents.scale, np.float32))
+
+
+def make_sampler(config: ConfigDict, name: str, process: "Process", grid: np.ndarray) -> "Sampler":
+    """A sampler by name, for a process and a time grid ``[steps + 1]``."""
+    from dit_jax.diffusion.samplers import SAMPLERS
+
+    options = {"eta": config.sample.eta} if name == "ddim" else {}
+    with config_errors("sample"):
+        return _choose("sampler", name, SAMPLERS)(process, grid, **options)
 
 
 def make_optimizer(config: ConfigDict) -> tuple["optax.GradientTransformation", "optax.Schedule"]:

@@ -5,14 +5,14 @@ is asynchronous and atomic: a step directory appears by a rename when everything
 seen is whole. `Checkpoints.committed` reports a save only then.
 """
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
-from jax.sharding import Sharding
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from dit_jax.errors import CheckpointError
@@ -28,6 +28,9 @@ class Commit(NamedTuple):
     bytes: int
     seconds: float
 
+    def __str__(self) -> str:
+        return f"step={self.step} {self.bytes / 2**30:.2f}GiB {self.seconds:.1f}s"
+
 
 class Checkpoints:
     """The checkpoints of one run.
@@ -40,9 +43,8 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep_latest: int, keep_every: int):
         self.directory = directory.absolute()
-        policies: list[Any] = [LatestN(keep_latest)]
-        if keep_every:
-            policies.append(EveryNSteps(keep_every))
+        # the whole policy is written out: Orbax drops recency when only a part of it is given
+        policies: list[Any] = [LatestN(keep_latest), *([EveryNSteps(keep_every)] if keep_every else [])]
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_names=ITEMS,
@@ -92,37 +94,46 @@ class Checkpoints:
           CheckpointError: if the step is missing, unreadable, or of another model.
         """
 
-        def wanted(tree: Any) -> Any:
-            return ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
-
-        items = self._restore(
-            step,
-            params=wanted(state.params),
-            ema=wanted(state.ema),
-            optimizer=wanted({"step": state.step, "opt_state": state.opt_state}),
-        )
+        with _readable(self.directory, step):
+            items = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=_wanted(state.params),
+                    ema=_wanted(state.ema),
+                    optimizer=_wanted({"step": state.step, "opt_state": state.opt_state}),
+                ),
+            )
         optimizer = items["optimizer"]
         return TrainState(optimizer["step"], items["params"], items["ema"], optimizer["opt_state"])
-
-    def restore_params(self, step: int, item: str, shapes: Any, sharding: Sharding) -> Any:
-        """Only the parameters: ``item`` is ``ema`` or ``params``; ``shapes`` is a tree of shapes and dtypes."""
-        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes)
-        return self._restore(step, **{item: ocp.args.StandardRestore(abstract)})[item]
-
-    def metadata(self, step: int) -> dict[str, Any]:
-        """The JSON metadata saved with a step."""
-        return self._restore(step, metadata=ocp.args.JsonRestore())["metadata"]
-
-    def _restore(self, step: int, **items: Any) -> Any:
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, FileNotFoundError, OSError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"cannot restore step {step} from {self.directory}: {reason}") from error
 
     def close(self) -> None:
         """Wait for what is being written and release the directory."""
         self._manager.close()
+
+
+def restore_params(directory: Path, step: int, item: str, shapes: Any) -> Any:
+    """Only the parameters of a step: ``item`` is ``ema`` or ``params``; ``shapes`` says shapes, dtypes, shardings.
+
+    Raises:
+      CheckpointError: if the step is unreadable or of another model.
+    """
+    with _readable(directory, step), ocp.CheckpointManager(
+        directory.absolute(), item_names=ITEMS, options=ocp.CheckpointManagerOptions(read_only=True)
+    ) as manager:
+        return manager.restore(step, args=ocp.args.Composite(**{item: _wanted(shapes)}))[item]
+
+
+def _wanted(tree: Any) -> ocp.args.StandardRestore:
+    return ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
+
+
+@contextlib.contextmanager
+def _readable(directory: Path, step: int) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"cannot restore step {step} from {directory}: {reason}") from error
 
 
 def find_step(directory: Path, step: int | None) -> int:

@@ -1,0 +1,51 @@
+"""Trains: ``python -m dit_jax.main --config=configs/small.py [--workdir=DIR] [--config.key=value ...]``.
+
+The same command again goes on where the last checkpoint ends.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dit_jax.runtime import add_flags, run_program, set_up
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Flags, and one call to `dit_jax.train.run`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dit_jax.main",
+        description="Train a model; the same command again resumes.",
+        epilog="Any key of the config can be set: --config.batch_size=32 --config.model.num_layers=12."
+        " configs/default.py lists all keys.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="FILE.py, FILE.py:key=value,key=value or a run's config.json")
+    parser.add_argument("--workdir", type=Path, help="folder of the run; default: runs/<config name>")
+    add_flags(parser)
+    args, rest = parser.parse_known_args(argv)
+    overrides = {}
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        if not flag.startswith("--config."):
+            parser.error(f"unrecognized argument {flag}")
+        if not equals:
+            if not rest:
+                parser.error(f"{flag} needs a value")
+            value = rest.pop(0)
+        overrides[flag.removeprefix("--config.")] = value
+
+    def train() -> None:
+        from dit_jax import build
+
+        config = build.load_config(args.config, overrides)
+        set_up(args.allow_cpu, args.verbose)
+        from dit_jax import train
+
+        train.run(config, args.workdir or Path("runs") / Path(args.config.partition(":")[0]).stem)
+
+    run_program(train, args.traceback)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,305 @@
+"""Draws pictures from prompts: the `Pipeline` that a notebook uses, and the program.
+
+    python -m dit_jax.sample --model=runs/quickstart --prompt="a small red circle" --num_images=4 --output=pictures
+
+Text, noise, sampler and VAE run on the device; the whole sampler is one compiled loop. Image i of a call has the
+seed ``seed + i`` and depends on nothing else: that seed alone draws it again, whatever the batch.
+"""
+
+import argparse
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from dit_jax.errors import ConfigError
+from dit_jax.runtime import add_flags, run_program, set_up
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+    from dit_jax.encoders import VAE, TextEncoder
+
+BATCHES = (1, 8, 64)  # compiled batch sizes: a call is cut into the largest and padded to the smallest that fits
+
+
+class Pipeline:
+    """A trained model with its encoders: prompts in, pictures out.
+
+    Args:
+      config: the run's resolved config.
+      vae, text_encoder: its frozen encoders.
+      params: parameters of the DiT; may be replaced between calls (as training does).
+      step: at which step they were taken; written into the PNG files.
+
+    Attributes: the arguments, by the same names.
+    """
+
+    def __init__(
+        self, config: "ConfigDict", vae: "VAE", text_encoder: "TextEncoder", params: Any, step: int
+    ) -> None:
+        import jax
+
+        from dit_jax import build
+
+        self.config, self.vae, self.text_encoder, self.params, self.step = config, vae, text_encoder, params, step
+        self._model = build.make_model(config, build.compute_dtype(config.dtype, jax.default_backend()))
+        self._process = build.make_process(config)
+        self._latents = build.make_latents(config)
+        self._compiled = functools.lru_cache(maxsize=None)(self._compile)
+
+    @classmethod
+    def load(cls, path: str | Path, ema: str = "ema", step: int | None = None) -> "Pipeline":
+        """Load a model from a run's folder.
+
+        Args:
+          path: the workdir.
+          ema: ``ema`` for the averaged parameters, ``raw`` for the last ones.
+          step: which checkpoint; None takes the newest.
+
+        Raises:
+          CheckpointError: no run or no such checkpoint there.
+          ConfigError: ``ema`` is neither.
+        """
+        import jax
+        import jax.numpy as jnp
+
+        from dit_jax import build
+        from dit_jax.sharding import make_mesh, replicated
+        from dit_jax.training.checkpoint import find_step, restore_params
+        from dit_jax.training.state import init_params
+
+        if ema not in ("ema", "raw"):
+            raise ConfigError(f"ema is {ema!r}; it can be ema, raw")
+        workdir = Path(path)
+        config = build.read_run(workdir)
+        step = find_step(workdir / "checkpoints", step)
+        vae, text_encoder = build.make_vae(config), build.make_text_encoder(config)
+        model = build.make_model(config, jnp.float32)
+        side = config.data.image_size // vae.factor
+        shapes = jax.eval_shape(lambda key: init_params(model, key, side, side), jax.random.key(0))
+        whole = replicated(make_mesh(jax.devices()[:1]))
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), shapes)
+        params = restore_params(workdir / "checkpoints", step, {"ema": "ema", "raw": "params"}[ema], shapes)
+        return cls(config, vae, text_encoder, params, step)
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        num_images: int = 1,
+        negative_prompt: str | None = None,
+        sampler: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        long_prompt: str = "truncate",
+    ) -> list[Image.Image]:
+        """Draw ``num_images`` pictures per prompt, prompt by prompt.
+
+        Args:
+          prompts: captions; longer ones than the text encoder takes are cut with a warning.
+          steps, guidance_scale, sampler, height, width: None takes the run's own (pixels for the last two).
+          seed: of the first picture; picture i has ``seed + i``.
+          negative_prompt: what guidance leads away from; None is the learned null caption.
+          long_prompt: ``truncate`` or ``error``.
+
+        Returns:
+          PIL images, ``len(prompts) * num_images`` of them; prompt, seed and step are in their ``info``.
+
+        Raises:
+          ConfigError: a value that cannot be.
+        """
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        prompts = [prompt for prompt in prompts for _ in range(num_images)]
+        seeds = range(seed, seed + len(prompts))
+        pixels = self.draw(
+            prompts, seeds, steps, guidance_scale, negative_prompt, sampler, height, width, long_prompt
+        )
+        images = [Image.fromarray(p) for p in pixels]
+        for image, prompt, one_seed in zip(images, prompts, seeds, strict=True):
+            image.info = {"prompt": prompt, "seed": str(one_seed), "step": str(self.step)}
+        return images
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+        sampler: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        long_prompt: str = "truncate",
+    ) -> np.ndarray:
+        """Like a call, with one seed per prompt: uint8 ``[len(prompts), height, width, 3]``."""
+        from dit_jax.build import config_errors
+
+        defaults = self.config.sample
+        steps = defaults.steps if steps is None else steps
+        guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        sampler = sampler or defaults.sampler
+        size = (height or self.config.data.image_size, width or self.config.data.image_size)
+        unit = self.vae.factor * self.config.model.patch_size
+        if any(side < unit or side % unit for side in size):
+            raise ConfigError(f"a picture of {size[0]} x {size[1]}: height and width must be multiples of {unit}")
+        if steps < 1:
+            raise ConfigError(f"steps is {steps}; it must be 1 or more")
+        with config_errors("prompt"):
+            ids, mask = self.text_encoder.tokenize(list(prompts), long_prompt)
+            negative = None
+            if negative_prompt is not None and guidance_scale != 1.0:
+                negative = self.text_encoder.tokenize([negative_prompt], long_prompt)
+
+        pictures = []
+        for first in range(0, len(prompts), BATCHES[-1]):
+            n = min(BATCHES[-1], len(prompts) - first)
+            B = next(size for size in BATCHES if size >= n)
+            rows = np.minimum(np.arange(first, first + B), len(prompts) - 1)  # the last one fills the batch
+            pictures.append(
+                self._draw_batch(ids[rows], mask[rows], np.asarray(seeds)[rows], negative, size,
+                                 sampler, steps, float(guidance_scale))[:n]  # fmt: skip
+            )
+        return np.concatenate(pictures)
+
+    def _draw_batch(
+        self,
+        ids: np.ndarray,
+        mask: np.ndarray,
+        seeds: np.ndarray,
+        negative: tuple[np.ndarray, np.ndarray] | None,
+        size: tuple[int, int],
+        sampler: str,
+        steps: int,
+        guidance_scale: float,
+    ) -> np.ndarray:
+        """One padded batch: token ids ``[B, S]``, seeds ``[B]`` -> uint8 ``[B, height, width, 3]``."""
+        import jax
+        import jax.numpy as jnp
+
+        text = self.text_encoder.encode_ids(ids, mask)
+        uncond = None
+        if negative is not None:
+            states = self.text_encoder.encode_ids(*negative)
+            uncond = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(ids), *a.shape[1:])), states)
+        keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+        draw = self._compiled(size, sampler, steps, guidance_scale)
+        latents = draw(self.params, keys, text, uncond)
+        pixels = np.asarray(self.vae.decode(latents), np.float32)
+        return np.round((np.clip(pixels, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
+
+    def _compile(self, size: tuple[int, int], sampler: str, steps: int, guidance_scale: float) -> Any:
+        """The jitted sampler: parameters, keys ``[B]``, text and negative text -> raw latents ``[B, h, w, C]``."""
+        import jax
+
+        from dit_jax import build
+        from dit_jax.diffusion import guidance, samplers
+
+        h, w = size[0] // self.vae.factor, size[1] // self.vae.factor
+        grid = self._process.schedule.grid(steps)
+        method = build.make_sampler(self.config, sampler, self._process, grid)
+
+        def draw(params, keys, text, negative):
+            def apply(*args, method):
+                return self._model.apply({"params": params}, *args, method=method)
+
+            def predict(x_t, t, text):
+                return apply(x_t, t, text, False, method="predict")
+
+            if negative is None:
+                negative = apply(len(keys), method="null_text")
+            text, negative = (apply(states, method="prepare_text") for states in (text, negative))
+            denoise = guidance.classifier_free(predict, self._process, text, negative, guidance_scale)
+            x = samplers.draw_prior(keys, (h, w, self._model.in_channels))
+            x = samplers.run(method, keys, x, grid, [(0, steps, denoise)])
+            return self._latents.to_raw(x)
+
+        return jax.jit(draw)
+
+
+def make_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures of one size as a contact sheet, row by row."""
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def save_png(image: Image.Image, path: Path, info: dict[str, str]) -> None:
+    """Write a PNG with text chunks."""
+    chunks = PngInfo()
+    for key, value in info.items():
+        chunks.add_itxt(key, value)
+    image.save(path, pnginfo=chunks)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program's flags."""
+    parser = argparse.ArgumentParser(prog="python -m dit_jax.sample", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", "--workdir", required=True, help="folder of a run")
+    parser.add_argument("--prompt", action="append", default=[], help="may be given more than once")
+    parser.add_argument("--prompts_file", type=Path, help="one prompt a line")
+    parser.add_argument("--num_images", type=int, default=1, help="per prompt")
+    parser.add_argument("--seed", type=int, default=0, help="picture i has seed + i")
+    parser.add_argument("--steps", type=int, help="default: the run's")
+    parser.add_argument("--guidance_scale", type=float, help="1 is off; default: the run's")
+    parser.add_argument("--negative_prompt", help="default: the learned null caption")
+    parser.add_argument("--sampler", help="ddpm | ddim | euler | heun; default: the run's")
+    parser.add_argument("--height", type=int, help="pixels; default: the run's")
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--ema", choices=("ema", "raw"), default="ema", help="averaged or last parameters")
+    parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+    parser.add_argument("--long_prompt", choices=("truncate", "error"), default="truncate")
+    parser.add_argument("--output", type=Path, default=Path("pictures"), help="folder for the PNG files")
+    add_flags(parser)
+    args = parser.parse_args(argv)
+    run_program(lambda: _draw(args), args.traceback)
+
+
+def _draw(args: argparse.Namespace) -> None:
+    prompts = list(args.prompt)
+    if args.prompts_file:
+        if not args.prompts_file.is_file():
+            raise ConfigError(f"no prompts file {args.prompts_file}")
+        prompts += [line.strip() for line in args.prompts_file.read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise ConfigError("nothing to draw: give --prompt or --prompts_file")
+    if args.num_images < 1:
+        raise ConfigError(f"--num_images is {args.num_images}; it must be 1 or more")
+    set_up(args.allow_cpu, args.verbose)
+    pipeline = Pipeline.load(args.model, args.ema, args.step)
+    print(f"{args.model}: step {pipeline.step}, {args.ema} parameters", flush=True)
+    images = pipeline(
+        prompts,
+        steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        seed=args.seed,
+        num_images=args.num_images,
+        negative_prompt=args.negative_prompt,
+        sampler=args.sampler,
+        height=args.height,
+        width=args.width,
+        long_prompt=args.long_prompt,
+    )
+    args.output.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        path = args.output / f"{i:05d}.png"
+        save_png(image, path, image.info)
+        print(f"{path}  seed={image.info['seed']}  {image.info['prompt']}")
+    columns = args.num_images if args.num_images > 1 else min(len(images), 8)
+    make_grid(images, columns).save(args.output / "grid.png")
+    print(f"{args.output / 'grid.png'}  {len(images)} pictures")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

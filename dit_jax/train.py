@@ -1,0 +1,246 @@
+"""Trains a model: one call, `run`, from a config to a finished workdir.
+
+    workdir/  config.json  checkpoints/<step>/  metrics.jsonl  timing.jsonl  tb/  samples/  bad_records.jsonl
+
+Called again with the same config it goes on where the last checkpoint ends, and leaves the same files and numbers
+as a run that was never interrupted.
+"""
+
+import itertools
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from dit_jax import build
+from dit_jax.arrays import Array
+from dit_jax.data.bad_records import BadRecords
+from dit_jax.data.loader import Samples, batches, scan
+from dit_jax.data.sources import Source
+from dit_jax.encoders import VAE, TextEncoder
+from dit_jax.encoders.latents import measure_scale
+from dit_jax.models.flops import peak_flops, training_flops
+from dit_jax.sample import Pipeline, make_grid, save_png
+from dit_jax.sharding import make_mesh, put_batch
+from dit_jax.training import encode
+from dit_jax.training.checkpoint import Checkpoints
+from dit_jax.training.progress import Progress, check_finite
+from dit_jax.training.state import TrainState, init_state
+from dit_jax.training.step import TrainStep
+from dit_jax.training.writer import Writer
+from dit_jax.trees import count_parameters
+
+GRID = 16  # captions of the training set in a sample grid when the config names no prompts
+CHUNK = 256  # records encoded at a time
+MEASURED = 2048  # records whose latents are measured when encoders run at every step
+THREADS = 8  # that read and decode pictures, in every process that does
+
+Batches = Callable[[int, int], Iterable[dict[str, np.ndarray]]]  # (first step, last step) -> encoded batches
+
+
+def run(config: ConfigDict, workdir: Path) -> TrainState | None:
+    """Train from the config, or from where ``workdir`` stands, to ``total_steps`` or ``stop_at_step``.
+
+    Args:
+      config: as `dit_jax.build.load_config` returns it; its gaps are filled in place.
+      workdir: the run's folder; made if it is not there.
+
+    Returns:
+      The state at the end; None if there was nothing left to do.
+
+    Raises:
+      ConfigError: values that cannot be, or a workdir that belongs to another config.
+      DataError: a data set that cannot be read.
+      DivergedError: the loss is not finite; nothing is saved after it.
+      CheckpointError: a checkpoint that cannot be restored.
+    """
+    # ---- what there is
+    mesh = make_mesh(jax.devices())
+    vae, text_encoder = build.make_vae(config), build.make_text_encoder(config)
+    source = build.make_source(config, "train")
+    warnings = build.resolve(config, len(source), vae, text_encoder, mesh.size)
+    dtype = build.compute_dtype(config.dtype, jax.default_backend())
+    model, process = build.make_model(config, dtype), build.make_process(config)
+    optimizer, learning_rate = build.make_optimizer(config)
+    build.take_over(config, workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.keep_latest, config.keep_every)
+    start = checkpoints.latest_step() or 0
+    stop = min(config.stop_at_step or config.total_steps, config.total_steps)
+    banner(config, workdir, start, mesh, len(source), (vae, text_encoder))
+    if start >= stop:
+        say(f"nothing to do: step {start} of {stop} is done")
+        return None
+    for warning in warnings:
+        say(f"warning: {warning}")
+
+    # ---- data
+    encoded_batches = prepare_data(config, workdir, source, vae, text_encoder)
+    (workdir / "config.json").write_text(build.to_json(config))
+
+    # ---- state and step
+    side = config.data.image_size // vae.factor
+    state = init_state(model, optimizer, jax.random.key(config.seed), side, side, mesh)
+    if start:
+        state = checkpoints.restore(start, state)
+    step_function = TrainStep(
+        model=model,
+        process=process,
+        sample_times=build.make_times(config, process),
+        to_model_latents=build.make_latents(config).to_model,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        caption_dropout=config.caption_dropout,
+        ema_decay=config.ema_decay,
+        accumulate=config.accumulate,
+        seed=config.seed,
+    )
+    say(f"parameters: {count_parameters(state.params):,}; compute in {dtype.__name__}")
+
+    # ---- the loop
+    pipeline = Pipeline(config, vae, text_encoder, state.ema, start)
+    prompts = config.sample.prompts or tuple(itertools.islice(source.captions(), GRID))
+    writer = Writer(workdir, start, config.wandb_project, config.to_dict())
+    peak = peak_flops(jax.devices()[0].device_kind)
+    progress = Progress(
+        writer,
+        config.log_every,
+        start,
+        config.total_steps,
+        config.batch_size,
+        training_flops(model, side, side),
+        peak and peak * mesh.size,
+    )
+    train_step = None
+    batch_iterator = iter(encoded_batches(start, stop))
+    for step in range(start + 1, stop + 1):
+        with progress.waiting():
+            batch = put_batch(next(batch_iterator), mesh)
+        if train_step is None:
+            train_step = compile_step(step_function, state, batch)
+            progress.restart()
+        state, metrics = train_step(state, batch)
+        progress.step(step, metrics)
+        if is_due(step, config.sample_every, config.total_steps):
+            with progress.aside():
+                path = draw_samples(pipeline, state.ema, step, prompts, workdir / "samples", writer)
+                progress.say(f"samples of step {step}: {path}")
+        if is_due(step, config.save_every, stop):
+            with progress.aside():
+                check_finite(step, metrics["loss"])
+                progress.say(f"saving step={step}")
+                checkpoints.save(state, {"config": config.to_dict(), "encoders": [vae.sha256, text_encoder.sha256]})
+        if commit := checkpoints.committed():
+            progress.say(f"saved {commit}")
+    progress.flush()
+    checkpoints.wait()
+    progress.say(f"saved {checkpoints.committed()}")
+    checkpoints.close()
+    progress.close()
+    writer.close()
+    say(f"done: step {stop} of {config.total_steps}")
+    return state
+
+
+def say(line: str) -> None:
+    """A line for the person who watches, at once."""
+    print(line, flush=True)
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens every so many steps (0: never) and at the last one happens now."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def banner(
+    config: ConfigDict, workdir: Path, start: int, mesh: Any, records: int, encoders: Sequence[VAE | TextEncoder]
+) -> None:
+    """Say what runs, on what, with which data and encoders, and where it begins."""
+    packages = " ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "orbax-checkpoint"))
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    say(f"dit_jax {version('dit_jax')} ({git.stdout.strip() or 'no git'}), Python {platform.python_version()}, {packages}")
+    say(f"devices: {mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
+    say(f"data: {config.data.source}, {records:,} records, {config.data.image_size} px")
+    for encoder in encoders:
+        say(f"encoder: {encoder.name} sha256 {encoder.sha256[:12]}")
+    say(f"workdir: {workdir}, " + (f"resuming from step {start}" if start else "a new run"))
+
+
+def prepare_data(
+    config: ConfigDict, workdir: Path, source: Source, vae: VAE, text_encoder: TextEncoder
+) -> Batches:
+    """Encode the source, or get ready to at every step; fill ``config.latents``; look at the first pictures."""
+    data = config.data
+    flip = build.choose_flip(config, source)
+    with build.config_errors("data"):
+        bad_records = BadRecords(workdir / "bad_records.jsonl", data.max_bad_fraction, len(source))
+    samples = Samples(source, config.seed, data.image_size, random_crop=data.crop == "random", flip=flip)
+
+    def raw_batches(batch_size: int, start: int, stop: int):
+        return batches(samples, text_encoder.tokenize, bad_records, batch_size, start, stop, THREADS, data.workers)
+
+    first = next(raw_batches(min(32, len(source)), 0, 1))
+    if data.encode == "once":
+        begin = time.monotonic()
+        chunks = scan(
+            source, text_encoder.tokenize, bad_records, CHUNK, config.seed, data.image_size, THREADS, data.workers
+        )
+        encoded = encode.encode_once(chunks, vae, text_encoder, flip, config.seed)
+        say(f"encoded {len(source):,} pictures{' and their mirror images' if flip else ''} in {time.monotonic() - begin:.0f} s")
+
+        def encoded_batches(start: int, stop: int):
+            return (encoded.batch(step, config.batch_size) for step in range(start, stop))
+
+    else:
+
+        def encoded_batches(start: int, stop: int):
+            return encode.encode_every_step(raw_batches(config.batch_size, start, stop), vae, text_encoder)
+
+    if not config.latents.scale:
+        scale = vae.scale
+        if config.latents.normalize == "measured":
+            some = list(encoded_batches(0, -(-min(MEASURED, len(source)) // config.batch_size)))
+            with build.config_errors("latents"):
+                scale = measure_scale(*(np.concatenate([batch[key] for batch in some]) for key in ("mean", "std")))
+        config.latents.shift, config.latents.scale = tuple(scale.shift.tolist()), tuple(scale.scale.tolist())
+    check = encode.check_start(first, vae, build.make_latents(config))
+    say(
+        f"start check: VAE round trip {check.psnr:.1f} dB, latents mean {check.latent_mean:.2f}"
+        f" std {check.latent_std:.2f}, {check.tokens:.1f} tokens a caption"
+    )
+    for warning in check.warnings():
+        say(f"warning: {warning}")
+    if bad_records:
+        say(f"bad records: {len(bad_records)}, replaced by others, listed in {workdir / 'bad_records.jsonl'}")
+    return encoded_batches
+
+
+def compile_step(step: TrainStep, state: TrainState, batch: dict[str, Array]) -> Callable[..., Any]:
+    """Compile the train step for these shapes, and say how long that took."""
+    say("compiling the train step ...")
+    begin = time.monotonic()
+    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    say(f"compiled the train step in {time.monotonic() - begin:.1f} s")
+    return compiled
+
+
+def draw_samples(
+    pipeline: Pipeline, params: Any, step: int, prompts: Sequence[str], folder: Path, writer: Writer
+) -> Path:
+    """Draw the fixed prompts with fixed noise and these parameters; write a grid and show it on TensorBoard."""
+    pipeline.params, pipeline.step = params, step
+    pixels = pipeline.draw(prompts, range(len(prompts)))
+    grid = make_grid([Image.fromarray(p) for p in pixels], columns=min(len(prompts), 4))
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{step:08d}.png"
+    save_png(grid, path, {"prompt": "\n".join(prompts), "seed": f"0 to {len(prompts) - 1}", "step": str(step)})
+    writer.image(step, "samples", np.asarray(grid))
+    return path

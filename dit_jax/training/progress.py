@@ -1,0 +1,133 @@
+"""What a run says while it runs: a progress bar on a terminal, plain lines elsewhere, and how fast it goes."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from dit_jax.errors import DivergedError
+from dit_jax.training.writer import Writer
+
+
+class Progress:
+    """Rows and log lines of a run, with speeds measured between them.
+
+    Args:
+      writer: where the rows go.
+      log_every: steps between rows; a row is written at step 1 and at the last step too. 0 writes those two.
+      start: the step that this process starts from.
+      total_steps: of the run.
+      batch_size: pictures a step.
+      flops: of one training picture.
+      peak: FLOP/s that all devices together can do, or None where it is not known.
+    """
+
+    def __init__(
+        self,
+        writer: Writer,
+        log_every: int,
+        start: int,
+        total_steps: int,
+        batch_size: int,
+        flops: int,
+        peak: float | None,
+    ):
+        self._writer, self._log_every, self._total, self._batch_size = writer, log_every, total_steps, batch_size
+        self._flops, self._peak = flops, peak
+        self._bar = tqdm(
+            total=total_steps, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+        )
+        self._late: tuple[int, dict[str, jax.Array]] | None = None
+        self._last_step = start
+        self._since = time.monotonic()
+        self._waited = self._aside = 0.0
+
+    def restart(self) -> None:
+        """Measure from now: what came before was not training."""
+        self._since, self._waited, self._aside = time.monotonic(), 0.0, 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in which the step waits for data."""
+        begin = time.monotonic()
+        yield
+        self._waited += time.monotonic() - begin
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time that is not training: sampling, saving."""
+        self.flush()
+        begin = time.monotonic()
+        yield
+        self._aside += time.monotonic() - begin
+
+    def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """A step was dispatched. Its metrics are fetched when the next one was, so that the device never waits."""
+        self.flush()
+        self._bar.update()
+        if step in (1, self._total) or (self._log_every and step % self._log_every == 0):
+            self._late = (step, metrics)
+
+    def flush(self) -> None:
+        """Write the row that is still to be fetched, if any."""
+        if self._late is None:
+            return
+        step, metrics = self._late
+        self._late = None
+        row = {name: float(np.asarray(value)) for name, value in metrics.items()}
+        check_finite(step, row["loss"])
+        now = time.monotonic()
+        seconds = max(now - self._since - self._aside, 1e-9)
+        steps = step - self._last_step
+        rate = steps * self._batch_size / seconds
+        timing = {
+            "images_per_second": rate,
+            "data_wait": self._waited / seconds,
+            "memory_gib": memory_in_use() / 2**30,
+        }
+        if self._peak:
+            timing["mfu"] = rate * self._flops / self._peak
+        self._writer.metrics(step, row)
+        self._writer.timing(step, timing)
+        eta = (self._total - step) * seconds / max(steps, 1)
+        mfu = f" mfu={timing['mfu']:.0%}" if self._peak else ""
+        self.say(
+            f"step={step}/{self._total} loss={row['loss']:.4f} gnorm={row['grad_norm']:.2f}"
+            f" lr={row['learning_rate']:.1e} img/s={rate:.0f} data_wait={timing['data_wait']:.0%}{mfu}"
+            f" mem={timing['memory_gib']:.1f}GiB eta={duration(eta)}"
+        )
+        self._last_step = step
+        self.restart()
+
+    def say(self, line: str) -> None:
+        """Print a line without breaking the bar."""
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        self.flush()
+        self._bar.close()
+
+
+def check_finite(step: int, loss: float | jax.Array) -> None:
+    """Raises DivergedError where the loss is not a number or infinite."""
+    if not np.isfinite(np.asarray(loss)):
+        raise DivergedError(f"the loss of step {step} is {float(loss)}; lower learning_rate, or look at the data")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``3h12m``, ``4m05s`` or ``7s``."""
+    minutes, s = divmod(round(seconds), 60)
+    h, m = divmod(minutes, 60)
+    return f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s" if m else f"{s}s"
+
+
+def memory_in_use() -> int:
+    """Peak bytes in use on the first device; on CPU, of this process."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
