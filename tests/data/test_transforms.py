@@ -75,7 +75,7 @@ def test_an_animation_gives_its_first_frame(format):
     np.testing.assert_allclose(decode(animation)[4, 4].astype(int), RED, atol=3)
 
 
-# What a camera stores for each orientation so that the viewer sees the same upright picture (EXIF 2.3, tag 0x0112).
+# What a camera stores for each orientation, so that all look the same upright (EXIF 2.3, tag 0x0112).
 STORED = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
