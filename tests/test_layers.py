@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "runtime": LEAVES,  # how programs start and end
     **{program: BELOW_PROGRAMS | {"sample"} for program in PROGRAMS},
     "train": BELOW_PROGRAMS | {"sample", "evaluate"},
-    "main": PROGRAMS,
+    "main": PROGRAMS | {"build", "runtime"},
 }
 
 # Third-party modules of rooms that promise to need little; a path is matched from its start.

@@ -142,9 +142,7 @@ def test_uv_is_used_where_it_is(machine):
 
 
 def test_a_program_that_fails_stops_the_script_with_its_exit_code(machine):
-    failing = STAND_IN_PYTHON.replace(
-        "esac", '  "-m dit_jax.main "*) echo "config error: no" >&2; exit 2 ;;\nesac'
-    )
+    failing = STAND_IN_PYTHON.replace("esac", '  "-m dit_jax.main "*) echo "config error: no" >&2; exit 2 ;;\nesac')
     machine.add("python3", failing)
     done = machine.run("quickstart.sh")
     assert (done.returncode, done.stderr) == (2, "config error: no\n")

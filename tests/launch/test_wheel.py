@@ -1,5 +1,6 @@
 """What is in the wheel: the package with its embedded encoders, and nothing else of the repository."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 import dit_jax
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +20,7 @@ def wheel(tmp_path_factory) -> Path:
     tree = tmp_path_factory.mktemp("tree")
     for name in ["setup.cfg", "pyproject.toml", "LICENSE", "README.md", "dit_jax", "tests", "configs"]:
         if (REPOSITORY / name).is_dir():
-            shutil.copytree(
-                REPOSITORY / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
-            )
+            shutil.copytree(REPOSITORY / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
         elif (REPOSITORY / name).is_file():
             shutil.copy(REPOSITORY / name, tree)
     build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
@@ -47,3 +46,18 @@ def test_the_wheel_names_its_licence_and_pythons(wheel):
         assert any(name.endswith("/LICENSE") for name in archive.namelist())
     assert "License-Expression: Apache-2.0" in lines
     assert "Requires-Python: <3.15,>=3.11" in lines
+
+
+def test_from_the_wheel_in_an_empty_folder_a_run_draws(wheel, short_run, tmp_path):
+    installed, empty = tmp_path / "installed", tmp_path / "empty"
+    zipfile.ZipFile(wheel).extractall(installed)
+    empty.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "dit_jax.sample", f"--model={short_run.workdir}", "--prompt=a small red circle"],
+        cwd=empty,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (empty / "pictures").iterdir()} == {"00000.png", "grid.png"}
