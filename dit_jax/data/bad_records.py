@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from dit_jax.data.sources import DataError
+from dit_jax.errors import DataError
 
 
 class Replaced(NamedTuple):

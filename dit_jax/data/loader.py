@@ -24,8 +24,9 @@ import numpy as np
 from absl import flags
 
 from dit_jax.data.bad_records import BadRecords, Replaced
-from dit_jax.data.sources import BadRecord, DataError, Record, Source
+from dit_jax.data.sources import BadRecord, Record, Source
 from dit_jax.data.transforms import cut, mirror
+from dit_jax.errors import DataError
 
 Tokenize = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]  # ids int32 [B, S], mask bool [B, S]
 RawBatch = dict[str, np.ndarray]  # its keys: see dit_jax.arrays

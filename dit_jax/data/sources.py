@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from dit_jax.data.transforms import PictureError, decode
+from dit_jax.errors import DataError
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -50,10 +51,6 @@ class BadRecord(Exception):
 
     def __str__(self) -> str:
         return f"{self.id}: {self.reason}"
-
-
-class DataError(Exception):
-    """The data as a whole cannot be used. The message is for the user; programs print it and exit with 3."""
 
 
 class Source(Protocol):

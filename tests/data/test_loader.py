@@ -22,7 +22,8 @@ from dit_jax.data.loader import (
     replacement,
     scan,
 )
-from dit_jax.data.sources import BadRecord, DataError, Folder, Record
+from dit_jax.data.sources import BadRecord, Folder, Record
+from dit_jax.errors import DataError
 
 SEED, SIZE, BATCH = 7, 8, 4
 

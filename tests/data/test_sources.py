@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_jax.data.sources import BadRecord, DataError, Folder, split
+from dit_jax.data.sources import BadRecord, Folder, split
+from dit_jax.errors import DataError
 
 CAPTIONS = {"b.png": "a blue square", "a.png": "a red square", "sub/c.png": "a green square"}
 COLOURS = {"b.png": "blue", "a.png": "red", "sub/c.png": "green"}

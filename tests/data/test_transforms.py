@@ -129,6 +129,15 @@ def test_a_decompression_bomb_is_refused(side, monkeypatch):
         decode(file_of(Image.new("RGB", (side, side))))
 
 
+def test_a_machine_out_of_memory_is_no_bad_picture(monkeypatch):
+    def fail(*args, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(MemoryError):
+        decode(b"a picture")
+
+
 def test_the_right_size_is_returned_unchanged():
     image = noise(16, 16)
     np.testing.assert_array_equal(cut(image, 16, 0.5, 0.5), image)
