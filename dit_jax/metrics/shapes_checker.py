@@ -40,7 +40,7 @@ from dit_jax.data.shapes_world import (
 MAX_CHROMA = 45  # max - min of the channels of a pixel that may be background
 MIN_BACKGROUND = 0.25  # share of the picture; three of the largest objects leave more
 MIN_CONTRAST = 40  # of an object's pixels to the background; the weakest pair, pink on light grey, has 93
-MIN_AREA = 8  # pixels; smaller pieces are specks. The smallest object has about 60
+MIN_AREA = 8  # pixels; smaller pieces are specks. The smallest object has 75
 MAX_COLOUR_ERROR = 50  # half the distance of the two nearest colours, red and orange
 MAX_OFF_COLOUR = 0.2  # share of an object's area that may be far from the line background-colour
 MIN_OVERLAP = 0.94  # of an object with its best template, equation (1); true shapes reach 0.97, rings do not
@@ -98,6 +98,7 @@ def check(image: np.ndarray, scene: Scene) -> Verdict:
     """
     found = find_objects(image)
     count = len(scene.objects)
+    # The six largest will do: a picture with more is wrong already.
     readings: list[Found | None] = [*found[:6]] + [None] * (count - len(found))
     # Objects in a picture carry no names: of all ways to tell which is which, take the kindest.
     chosen = max(permutations(readings, count), key=lambda reading: _agreement(reading, scene))
