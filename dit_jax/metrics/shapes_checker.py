@@ -122,8 +122,7 @@ def find_objects(image: np.ndarray) -> list[Found]:
     """
     if image.shape != (IMAGE_SIZE, IMAGE_SIZE, 3) or image.dtype != np.uint8:
         raise ValueError(
-            f"the picture is {image.dtype} {image.shape}; "
-            f"the checker reads uint8 {(IMAGE_SIZE, IMAGE_SIZE, 3)}"
+            f"the picture is {image.dtype} {image.shape}; the checker reads uint8 {(IMAGE_SIZE, IMAGE_SIZE, 3)}"
         )
     pixels = image.astype(np.float32)
     neutral = np.ptp(pixels, axis=-1) <= MAX_CHROMA

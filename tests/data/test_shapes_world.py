@@ -166,9 +166,7 @@ def test_a_rendered_shape_covers_its_outline(shape):
         covered = (image[..., 0] - black) / (yellow - black)
         px, py = item.outline.T
         pieces = np.roll(px, -1) * py - px * np.roll(py, -1)  # shoelace formula: twice the signed area
-        assert (
-            1 < covered.sum() / abs(pieces.sum() / 2) < 1.1
-        )  # Pillow draws the border line of a polygon, too
+        assert 1 < covered.sum() / abs(pieces.sum() / 2) < 1.1  # Pillow draws the border line of a polygon, too
         centroid = [(p + np.roll(p, -1)) @ pieces / pieces.sum() / 3 for p in (px, py)]
         middles = np.arange(IMAGE_SIZE) + 0.5
         drawn = [covered.sum(axis=axis) @ middles / covered.sum() for axis in (0, 1)]
@@ -178,9 +176,7 @@ def test_a_rendered_shape_covers_its_outline(shape):
 
 
 def test_evaluation_classes_are_what_they_are_called():
-    one, two, new = (
-        evaluation_scenes(name, 200) for name in ("one_object", "two_objects", "new_combinations")
-    )
+    one, two, new = (evaluation_scenes(name, 200) for name in ("one_object", "two_objects", "new_combinations"))
     assert {len(scene.objects) for scene in one + new} == {1}
     assert {len(scene.objects) for scene in two} == {2}
     assert {(item.colour, item.shape) for scene in new for item in scene.objects} == HELD_OUT
