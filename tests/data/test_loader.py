@@ -63,9 +63,9 @@ def quiet(source):
     return BadRecords(None, 1.0, len(source))
 
 
-def take(wanted, first_step, last_step, threads=0, workers=0, batch_size=BATCH):
+def take(wanted, first_step, last_step, threads=0, batch_size=BATCH):
     log = quiet(wanted.source)
-    return list(batches(wanted, tokenize, log, batch_size, first_step, last_step, threads, workers))
+    return list(batches(wanted, tokenize, log, batch_size, first_step, last_step, threads, 0))
 
 
 def assert_equal(left, right):
