@@ -1,0 +1,133 @@
+"""Loading by name, batches of any size in few programs, and one clear line for what cannot be loaded."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_jax.encoders import frozen, load_text_encoder, load_vae
+from tools import make_golden_encoders as golden
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module")
+def vae() -> frozen.VAE:
+    return load_vae(GOLDEN / "vae_sd3")
+
+
+@pytest.fixture(scope="module")
+def text() -> frozen.TextEncoder:
+    return load_text_encoder(GOLDEN / "text_sdxl2")
+
+
+def pictures(B: int) -> np.ndarray:
+    return np.random.default_rng(B).uniform(-1, 1, (B, 8, 12, 3)).astype(np.float32)
+
+
+def test_what_a_vae_says_of_itself(vae: frozen.VAE):
+    assert (vae.factor, vae.config["latent_channels"], vae.config["shift_factor"]) == (2, 16, 0.0609)
+    np.testing.assert_allclose(vae.latent_scale.scale, np.full(16, 1.5305), rtol=1e-6)
+    assert vae.name == str(GOLDEN / "vae_sd3")
+
+
+def test_rows_do_not_depend_on_chunks_and_few_programs_are_compiled(vae: frozen.VAE, monkeypatch):
+    images = pictures(11)
+    mean, std = vae.encode(images)
+    decoded = vae.decode(mean)
+    assert mean.shape == std.shape == (11, 4, 6, 16) and decoded.shape == images.shape
+    monkeypatch.setattr(frozen, "CHUNK_PIXELS", 5 * 8 * 12)  # chunks of 4, 4 and 3
+    for found, expected in zip((*vae.encode(images), vae.decode(mean)), (mean, std, decoded), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5)
+    before = vae._encode._cache_size()
+    for B in range(1, 12):
+        assert vae.encode(images[:B])[0].shape[0] == B
+    assert vae._encode._cache_size() <= before + 2  # of 1 and 2 rows; 4 was there
+
+
+def test_decoded_pictures_stay_in_range(vae: frozen.VAE):
+    decoded = vae.decode(100 * np.random.default_rng(0).normal(size=(1, 4, 4, 16)).astype(np.float32))
+    assert np.abs(np.asarray(decoded)).max() <= 1.0
+
+
+def test_captions_in_states_out(text: frozen.TextEncoder):
+    captions = ["a cat", "", "b c d"]
+    states = text(captions)
+    assert states.hidden.shape == (3, text.length, text.width) and states.pooled.shape == (
+        3,
+        text.pooled_width,
+    )
+    np.testing.assert_array_equal(states.mask, text.tokenize(captions)[1])
+    alone = text(["b c d"])
+    np.testing.assert_allclose(alone.hidden[0], states.hidden[2], atol=1e-5)
+    np.testing.assert_allclose(alone.pooled[0], states.pooled[2], atol=1e-5)
+
+
+def test_no_hidden_transfers(vae: frozen.VAE, text: frozen.TextEncoder):
+    with jax.transfer_guard("disallow"):
+        vae.decode(vae.encode(pictures(3))[0])
+        text(["a", "cat", "b"])
+
+
+def test_the_tokenizer_may_lie_beside_the_encoder(tmp_path: Path, text: frozen.TextEncoder):
+    folder = Path(shutil.copytree(GOLDEN / "text_sdxl2", tmp_path / "text_encoder_2"))
+    (tmp_path / "tokenizer_2").mkdir()
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        (folder / name).rename(tmp_path / "tokenizer_2" / name)
+    np.testing.assert_array_equal(load_text_encoder(folder)(["a cat"]).pooled, text(["a cat"]).pooled)
+
+
+def test_a_tokenizer_of_another_network_is_refused(tmp_path: Path):
+    folder = Path(shutil.copytree(GOLDEN / "text_sd1", tmp_path / "clip"))
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps({**vocabulary, "zz": len(vocabulary)}))
+    with pytest.raises(ValueError, match="the tokenizer has 57 tokens, the network 56; they do not belong"):
+        load_text_encoder(folder)
+
+
+@pytest.mark.parametrize("load", [load_vae, load_text_encoder])
+def test_a_name_that_is_nothing_says_what_was_looked_for(load, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError) as error:
+        load("nobody/nothing")
+    assert str(error.value) == (
+        f"'nobody/nothing' is neither 'embedded' nor a local folder (looked for {tmp_path / 'nobody/nothing'})"
+    )
+
+
+@pytest.mark.parametrize("load, part", [(load_vae, "vae"), (load_text_encoder, "text_encoder")])
+def test_the_folder_above_is_recognised(load, part: str, tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="no config.json in"):
+        load(tmp_path)
+    (tmp_path / part).mkdir()
+    with pytest.raises(FileNotFoundError, match=f"did you mean .*{part}\\?"):
+        load(tmp_path)
+
+
+def test_the_wrong_network_is_refused():
+    with pytest.raises(ValueError, match="config.json is of CLIPTextModel; expected AutoencoderKL"):
+        load_vae(GOLDEN / "text_sd1")
+    with pytest.raises(ValueError, match="config.json is of AutoencoderKL; expected CLIPTextModel"):
+        load_text_encoder(GOLDEN / "vae_sd")
+
+
+def test_float16_is_refused_for_the_vae():
+    with pytest.raises(ValueError, match="valid: bfloat16, float32"):
+        load_vae(GOLDEN / "vae_sd", jnp.float16)
+
+
+def test_arrays_that_do_not_fit_are_refused(vae: frozen.VAE, text: frozen.TextEncoder):
+    with pytest.raises(ValueError, match="9 x 12 px: the VAE needs multiples of 2"):
+        vae.encode(np.zeros((1, 9, 12, 3), np.float32))
+    with pytest.raises(ValueError, match=r"pictures of shape \[B, height, width, 3\], got \(8, 12, 3\)"):
+        vae.encode(np.zeros((8, 12, 3), np.float32))
+    with pytest.raises(ValueError, match=r"latents of shape \[B, height, width, 16\], got \(1, 4, 4, 4\)"):
+        vae.decode(np.zeros((1, 4, 4, 4), np.float32))
+    with pytest.raises(
+        ValueError, match=f"ids and mask .B, {golden.TEXT_LENGTH}. .* got .1, 77. and .1, 77."
+    ):
+        text.encode_ids(np.zeros((1, 77), np.int32), np.ones((1, 77), bool))
