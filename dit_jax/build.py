@@ -345,11 +345,16 @@ def make_latents(config: ConfigDict) -> "LatentScale":
 
 def make_sampler(config: ConfigDict, name: str, process: "Process", grid: np.ndarray) -> "Sampler":
     """A sampler by name, for a process and a time grid ``[steps + 1]``."""
-    from dit_jax.diffusion.samplers import SAMPLERS
+    from dit_jax.diffusion import samplers
 
-    options = {"eta": config.sample.eta} if name == "ddim" else {}
+    choices = {
+        "ddpm": lambda: samplers.ddpm(process, grid),
+        "ddim": lambda: samplers.ddim(process, grid, config.sample.eta),
+        "euler": lambda: samplers.euler(process, grid),
+        "heun": lambda: samplers.heun(process, grid),
+    }
     with config_errors("sample"):
-        return _choose("sampler", name, SAMPLERS)(process, grid, **options)
+        return _choose("sampler", name, choices)()
 
 
 def make_optimizer(config: ConfigDict) -> tuple["optax.GradientTransformation", "optax.Schedule"]:

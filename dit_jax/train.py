@@ -205,7 +205,7 @@ def prepare_data(
             return encode.encode_every_step(raw_batches(config.batch_size, start, stop), vae, text_encoder)
 
     if not config.latents.scale:
-        scale = vae.scale
+        scale = vae.latent_scale
         if config.latents.normalize == "measured":
             some = list(encoded_batches(0, -(-min(MEASURED, len(source)) // config.batch_size)))
             with build.config_errors("latents"):

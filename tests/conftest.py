@@ -38,3 +38,11 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no pictures at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of a finished run of 20 steps; tests read it and leave it as it is."""
+    from tests.tiny_run import train_tiny
+
+    return train_tiny(tmp_path_factory.mktemp("runs") / "tiny")

@@ -20,7 +20,7 @@ from dit_jax.models.embeddings import (
     TimestepEmbedder,
     unpatchify,
 )
-from dit_jax.models.layers import DiTBlock, FinalLayer
+from dit_jax.models.layers import DiTBlock, FinalLayer, KeysValues
 
 # What the backward pass recomputes instead of keeping; None keeps everything.
 REMAT_POLICIES: dict[str, Any] = {
@@ -37,16 +37,16 @@ CHOICES = {
 
 
 class PreparedText(NamedTuple):
-    """All that the blocks need of the text; does not depend on time.
+    """All that the blocks need of the text; does not depend on time. Every leaf begins with B.
 
     Attributes:
       vector: ``[B, D]``, joins the time embedding.
-      keys_values: one ``[2, B, H, S, K]`` per block with ``text_mode="cross"``, else empty.
+      keys_values: keys and values ``[B, H, S, K]``, a pair per block with ``text_mode="cross"``, else empty.
       mask: ``[B, S]``.
     """
 
     vector: Array
-    keys_values: tuple[Array, ...]
+    keys_values: tuple[KeysValues, ...]
     mask: Array
 
 

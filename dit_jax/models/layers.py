@@ -18,6 +18,8 @@ from flax import linen as nn
 
 from dit_jax.arrays import Array
 
+KeysValues = tuple[Array, Array]  # of text tokens, each [B, H, S, K]
+
 XAVIER = nn.initializers.xavier_uniform()
 
 
@@ -85,14 +87,15 @@ class CrossAttention(nn.Module):
         self.kv = nn.Dense(2 * width, dtype=self.dtype, kernel_init=XAVIER)
         self.out = nn.Dense(self.hidden_size, dtype=self.dtype, kernel_init=XAVIER)
 
-    def keys_values(self, tokens: Array) -> Array:
-        """Text tokens ``[B, S, D]`` -> ``[2, B, H, S, K]``."""
-        return split_heads(self.kv(tokens), 2, self.num_heads)
+    def keys_values(self, tokens: Array) -> KeysValues:
+        """Keys and values of text tokens ``[B, S, D]``."""
+        k, v = split_heads(self.kv(tokens), 2, self.num_heads)
+        return k, v
 
-    def __call__(self, x: Array, keys_values: Array, mask: Array) -> Array:
-        """``x [B, N, D]``, ``keys_values [2, B, H, S, K]``, ``mask [B, S]`` -> ``[B, N, D]``."""
+    def __call__(self, x: Array, keys_values: KeysValues, mask: Array) -> Array:
+        """``x [B, N, D]``, `keys_values` and ``mask [B, S]`` of the text -> ``[B, N, D]``."""
         (q,) = split_heads(self.q(x), 1, self.num_heads)
-        return self.out(join_heads(attend(q, keys_values[0], keys_values[1], mask)))
+        return self.out(join_heads(attend(q, *keys_values, mask)))
 
 
 class Mlp(nn.Module):
@@ -144,12 +147,12 @@ class DiTBlock(nn.Module):
         if self.text_mode == "cross":
             self.cross = CrossAttention(self.num_heads, self.head_dim, self.hidden_size, self.dtype)
 
-    def keys_values(self, tokens: Array) -> Array:
-        """What this block's cross-attention reads of the text: ``[B, S, D]`` -> ``[2, B, H, S, K]``."""
+    def keys_values(self, tokens: Array) -> KeysValues:
+        """What this block's cross-attention reads of text tokens ``[B, S, D]``."""
         return self.cross.keys_values(tokens)
 
     def __call__(
-        self, x: Array, c: Array, keys_values: Array | None, text_mask: Array | None, train: bool
+        self, x: Array, c: Array, keys_values: KeysValues | None, text_mask: Array | None, train: bool
     ) -> Array:
         """``x [B, N, D]``, ``c [B, D]`` and the text of `keys_values` -> ``[B, N, D]``."""
         if self.modulation == "adaln_zero":

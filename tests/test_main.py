@@ -1,0 +1,83 @@
+"""Wrong input ends in one clear line and its exit code, and loses nothing."""
+
+import pytest
+from PIL import Image
+
+from dit_jax import main
+from tests.tiny_run import CONFIG, tiny_flags
+
+
+def fails(capsys, *flags: str) -> tuple[int, str]:
+    """Exit code and stderr of the training program."""
+    with pytest.raises(SystemExit) as exit:
+        main.main(list(flags))
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and error.count("\n") == 1, error
+    return exit.value.code, error
+
+
+def test_an_unknown_key_names_the_one_that_was_meant(capsys, tmp_path):
+    code, error = fails(capsys, *tiny_flags(tmp_path / "run"), "--config.learning_rat=1")
+    assert (code, error) == (
+        2,
+        "config error: unknown key 'learning_rat' (did you mean 'learning_rate'?)\n",
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("total_steps", "many", "total_steps takes a int, not 'many'"),
+        ("data.image_size", "100", "data.image_size is 100; it must be a multiple of 16"),
+        ("batch_size", "7", "batch_size 7 is not divisible by accumulate 1 x 2 devices"),
+        ("model.modulation", "film", "model.modulation is 'film'; it can be adaln, adaln_zero"),
+        ("model.in_channels", "5", "model.in_channels is 5"),
+        ("diffusion.prediction", "score", "score"),
+        ("diffusion.times", "beta", "diffusion.times is 'beta'; it can be uniform, logit_normal"),
+        ("data.source", "picture:x", "data.source is 'picture:x'; it can be shapes or folder:PATH"),
+        ("data.flip", "maybe", "data.flip is 'maybe'; it can be on, off, auto"),
+        ("data.crop", "random", "data.crop=random needs data.encode=every_step"),
+        ("vae", "no/such/vae", "no/such/vae"),
+        ("text_encoder", "no/such/encoder", "no/such/encoder"),
+        ("dtype", "float8", "dtype is 'float8'; it can be auto, float32, bfloat16"),
+        ("sample.sampler", "magic", "sampler is 'magic'"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_before_anything_is_made(capsys, tmp_path, key, value, says):
+    code, error = fails(capsys, *tiny_flags(tmp_path / "run"), f"--config.{key}={value}")
+    assert code == 2 and says in error, error
+    assert not list((tmp_path / "run").glob("*.jsonl"))
+
+
+def test_a_missing_config_names_the_presets(capsys):
+    code, error = fails(capsys, "--config=configs/huge.py")
+    assert code == 2 and "no config file configs/huge.py" in error and "configs/quickstart.py" in error
+
+
+def test_a_missing_folder_and_one_without_captions(capsys, tmp_path):
+    flags = tiny_flags(tmp_path / "run", data__source=f"folder:{tmp_path / 'nothing'}")
+    code, error = fails(capsys, *flags)
+    assert code == 3 and str(tmp_path / "nothing") in error
+
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (64, 64)).save(pictures / "a.png")
+    code, error = fails(capsys, *tiny_flags(tmp_path / "run", data__source=f"folder:{pictures}"))
+    assert code == 3 and str(pictures) in error and "metadata.jsonl" in error
+
+
+def test_a_run_of_another_config_is_refused(capsys, tiny_run):
+    code, error = fails(capsys, *tiny_flags(tiny_run), "--config.batch_size=4")
+    assert code == 2 and "batch_size: 8 -> 4" in error
+
+
+def test_overrides_can_be_written_behind_the_config(capsys, tmp_path):
+    code, error = fails(capsys, f"--config={CONFIG}:batch_size=64,total_step=3", f"--workdir={tmp_path / 'run'}")
+    assert code == 2 and "did you mean 'total_steps'?" in error
+
+
+def test_the_traceback_is_there_for_who_asks(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        main.main([*tiny_flags(tmp_path / "run"), "--config.nonsense=1", "--traceback"])
+    assert "Traceback" in capsys.readouterr().err

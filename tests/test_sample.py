@@ -1,0 +1,113 @@
+"""Drawing: a picture depends on its prompt and seed alone, and the program says what it does."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dit_jax import sample
+from dit_jax.errors import CheckpointError, ConfigError
+from dit_jax.sample import Pipeline
+
+PROMPTS = ["a large red circle", "a small blue square", "a small green star above a large pink cross"]
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_run) -> Pipeline:
+    return Pipeline.load(tiny_run)
+
+
+def arrays(images):
+    return np.stack([np.asarray(image, np.int32) for image in images])
+
+
+def test_pictures_are_uint8_of_the_models_size_and_know_their_origin(pipe):
+    images = pipe(PROMPTS, seed=5, num_images=2)
+    assert len(images) == 6 and all(image.size == (64, 64) and image.mode == "RGB" for image in images)
+    assert [image.info["seed"] for image in images] == ["5", "6", "7", "8", "9", "10"]
+    assert [image.info["prompt"] for image in images[:3]] == [PROMPTS[0], PROMPTS[0], PROMPTS[1]]
+    assert images[0].info["step"] == "20"
+
+
+def test_picture_i_is_the_same_alone_and_in_a_batch(pipe):
+    together = arrays(pipe(PROMPTS, seed=5))
+    alone = arrays([pipe([prompt], seed=5 + i)[0] for i, prompt in enumerate(PROMPTS)])
+    assert np.abs(together - alone).max() <= 1  # one level of 255: sums of another batch size round differently
+    assert np.abs(together[0] - together[1]).max() > 1
+
+
+def test_seed_guidance_sampler_steps_and_negative_prompt_all_act(pipe):
+    base = arrays(pipe(PROMPTS[:1], guidance_scale=3.0))
+    assert (arrays(pipe(PROMPTS[:1], guidance_scale=3.0)) == base).all()
+    for change in (
+        {"seed": 1},
+        {"guidance_scale": 20.0},
+        {"guidance_scale": 20.0, "negative_prompt": "a large red circle"},
+        {"sampler": "heun"},
+        {"sampler": "ddpm"},
+        {"steps": 5},
+    ):
+        assert np.abs(arrays(pipe(PROMPTS[:1], **{"guidance_scale": 3.0, **change})) - base).max() > 1, change
+
+
+def test_raw_and_averaged_parameters_differ(tiny_run, pipe):
+    raw = Pipeline.load(tiny_run, ema="raw")
+    assert np.abs(arrays(raw(PROMPTS[:1])) - arrays(pipe(PROMPTS[:1]))).max() > 1
+
+
+def test_another_picture_size(pipe):
+    assert pipe(PROMPTS[:1], height=32, width=96)[0].size == (96, 32)
+    with pytest.raises(ConfigError, match="65 x 64: height and width must be multiples of 16"):
+        pipe(PROMPTS[:1], height=65)
+
+
+def test_a_checkpoint_that_is_not_there_is_an_error(tiny_run, tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint of step 7.*there are 5, 10, 15, 20"):
+        Pipeline.load(tiny_run, step=7)
+    with pytest.raises(CheckpointError, match="no run in"):
+        Pipeline.load(tmp_path)
+
+
+def test_the_program_writes_pictures_and_a_grid(tiny_run, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[1:]) + "\n\n")
+    sample.main([
+        f"--model={tiny_run}", f"--prompt={PROMPTS[0]}", f"--prompts_file={tmp_path / 'prompts.txt'}",
+        "--num_images=2", "--seed=5", f"--output={tmp_path / 'out'}",
+    ])  # fmt: skip
+    out = capsys.readouterr().out
+    assert "seed=10" in out and str(tmp_path / "out" / "grid.png") in out
+    with Image.open(tmp_path / "out" / "00003.png") as image:
+        assert image.info == {"prompt": PROMPTS[1], "seed": "8", "step": "20"}
+        expected = Pipeline.load(tiny_run)([PROMPTS[1]], seed=8)[0]
+        assert np.abs(arrays([image]) - arrays([expected])).max() <= 1
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        assert grid.size == (2 * 64, 3 * 64)
+
+
+def test_a_prompt_of_200_words_draws_with_a_warning_or_is_an_error(tiny_run, tmp_path, capsys):
+    flags = [f"--model={tiny_run}", f"--prompt={'very ' * 199}red", f"--output={tmp_path}"]
+    sample.main(flags)
+    told = capsys.readouterr()
+    assert (tmp_path / "00000.png").is_file()
+    assert "longer than 32 tokens" in told.err and "red" in told.err and told.err.count("\n") == 1
+    with pytest.raises(SystemExit) as exit:
+        sample.main([*flags, "--long_prompt=error"])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and "longer than 32 tokens" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "says"),
+    [
+        (["--prompt=x", "--model=nowhere"], 5, "no run in nowhere"),
+        ([], 2, "nothing to draw"),
+        (["--prompts_file=none.txt"], 2, "no prompts file none.txt"),
+        (["--prompt=x", "--steps=0"], 2, "steps is 0"),
+        (["--prompt=x", "--num_images=0"], 2, "--num_images is 0"),
+        (["--prompt=x", "--sampler=magic"], 2, "sampler is 'magic'; it can be ddpm, ddim, euler, heun"),
+    ],
+)
+def test_mistakes_end_in_one_line(tiny_run, capsys, flags, code, says):
+    with pytest.raises(SystemExit) as exit:
+        sample.main([f"--model={tiny_run}", *flags])
+    error = capsys.readouterr().err
+    assert exit.value.code == code and says in error and error.count("\n") == 1

@@ -1,0 +1,123 @@
+"""Whole runs: resuming is exact, a seed is a run, and a workdir holds what it should."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+
+from dit_jax import train
+from dit_jax.errors import ConfigError, DivergedError
+from dit_jax.trees import named_leaves
+from tests.tiny_run import tiny_config, tiny_flags, train_tiny
+
+
+def leaves(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Everything that a checkpoint holds, by name, as it lies on disk."""
+    found = {}
+    for item in ("params", "ema", "optimizer"):
+        tree = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(step) / item)
+        found |= {f"{item}/{name}": np.asarray(leaf) for name, leaf in named_leaves(tree).items()}
+    return found
+
+
+def assert_same_run(a: Path, b: Path, step: int) -> None:
+    ours, theirs = leaves(a, step), leaves(b, step)
+    assert ours.keys() == theirs.keys() and len(ours) > 50
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+
+
+def run_main(*flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "dit_jax.main", *flags], capture_output=True, text=True, check=False
+    )
+
+
+def test_a_run_stopped_at_9_and_resumed_in_another_process_is_the_same_run(tiny_run, tmp_path):
+    for change in ({"stop_at_step": "9"}, {}):
+        done = run_main(*tiny_flags(tmp_path, **change))
+        assert done.returncode == 0, done.stderr
+    assert "resuming from step 9" in done.stdout and "done: step 20 of 20" in done.stdout
+    assert_same_run(tiny_run, tmp_path, 20)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 3, 6, 9, 12, 15, 18, 20]
+
+
+def test_twice_the_same_seed_is_the_same_run_and_another_seed_is_not(tiny_run, tmp_path):
+    assert_same_run(tiny_run, train_tiny(tmp_path / "same"), 20)
+    other = leaves(train_tiny(tmp_path / "other", seed="1"), 20)
+    mine = leaves(tiny_run, 20)
+    name = "params/blocks_0/mlp/fc_in/kernel"
+    assert np.abs(other[name] - mine[name]).max() > 1e-3
+
+
+def test_encoding_at_every_step_is_the_same_run_as_encoding_once(tiny_run, tmp_path):
+    run = train_tiny(tmp_path, data__encode="every_step")
+    rows = [[json.loads(line) for line in (w / "metrics.jsonl").read_text().splitlines()] for w in (tiny_run, run)]
+    for once, every in zip(*rows, strict=True):
+        assert once["step"] == every["step"]
+        assert once["loss"] == pytest.approx(every["loss"], rel=1e-4)
+
+
+def test_gradient_accumulation_gives_the_same_losses(tmp_path):
+    """Without dropout in the network, whose draws belong to a slice."""
+    rows = []
+    for accumulate in ("1", "2"):
+        run = train_tiny(tmp_path / accumulate, accumulate=accumulate, model__dropout="0", total_steps="6")
+        rows.append([json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()])
+    np.testing.assert_allclose(*rows, rtol=1e-4)
+
+
+def test_a_workdir_holds_what_it_should(tiny_run):
+    names = {path.name for path in tiny_run.iterdir()}
+    assert {"config.json", "checkpoints", "metrics.jsonl", "timing.jsonl", "tb", "samples"} <= names
+    assert {path.name for path in (tiny_run / "checkpoints").iterdir()} >= {"5", "10", "15", "20"}
+    assert list((tiny_run / "tb").glob("events.out.tfevents.*"))
+    config = json.loads((tiny_run / "config.json").read_text())
+    assert config["model"]["text_width"] > 0 and len(config["latents"]["scale"]) == config["model"]["in_channels"]
+    with Image.open(tiny_run / "samples" / "00000020.png") as grid:
+        assert grid.size == (4 * 64, 64) and grid.info["step"] == "20" and "red circle" in grid.info["prompt"]
+    for line in (tiny_run / "metrics.jsonl").read_text().splitlines():
+        assert {"step", "loss", "grad_norm", "learning_rate"} == json.loads(line).keys()
+
+
+def test_a_finished_run_says_so_and_changes_nothing(tiny_run, capsys):
+    before = (tiny_run / "metrics.jsonl").read_bytes()
+    assert train.run(tiny_config(), tiny_run) is None
+    assert "nothing to do: step 20 of 20 is done" in capsys.readouterr().out
+    assert (tiny_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_workdir_of_another_config_is_refused_and_left_alone(tiny_run):
+    before = (tiny_run / "config.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"learning_rate: 0.00\d+ -> 0.5"):
+        train.run(tiny_config(learning_rate="0.5"), tiny_run)
+    assert (tiny_run / "config.json").read_bytes() == before
+
+
+def test_the_loss_falls(tmp_path):
+    run = train_tiny(tmp_path, total_steps="150", batch_size="16", log_every="1", learning_rate="0.003",
+                     sample_every="0", save_every="0")  # fmt: skip
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 150
+    assert np.mean(losses[-20:]) < 0.9 * np.mean(losses[:20])
+    assert not list((run / "checkpoints").glob("[0-9]*"))
+
+
+def test_a_run_that_diverges_stops_with_its_step_and_saves_nothing_after(tmp_path):
+    with pytest.raises(DivergedError, match=r"the loss of step \d+ is nan"):
+        train_tiny(tmp_path, learning_rate="1e30", clip_norm="1e30", warmup_steps="0")
+    for step in (tmp_path / "checkpoints").glob("[0-9]*"):
+        assert all(np.isfinite(leaf).all() for leaf in leaves(tmp_path, int(step.name)).values())
+
+
+def test_the_step_runs_on_two_devices_with_the_batch_split(tiny_run):
+    """The fixture's run used both fake devices; this says that they were there."""
+    assert jax.device_count() == 2
