@@ -1,0 +1,38 @@
+"""Your own captioned pictures at 128 px with the embedded encoders; made for Noto Emoji, fits any small folder.
+
+    python -m dit_jax.main --config=configs/emoji.py --config.data.source=folder:emoji
+    python -m dit_jax.sample --model=runs/emoji --prompt="red apple" --num_images=4
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    c = default.get_config()
+    c.total_steps = 20_000
+    c.batch_size = 32
+    c.learning_rate = 5e-4
+    c.adam_b2 = 0.99
+    c.weight_decay = 0.0
+    c.ema_decay = 0.999
+    c.log_every = 100
+    c.save_every = 1_000
+    c.sample_every = 2_000
+    c.data.source = ""  # folder:PATH, on the command line
+    c.data.image_size = 128
+    c.latents.normalize = "measured"
+    c.diffusion.schedule = "rectified_flow"
+    c.diffusion.prediction = "flow"
+    c.diffusion.times = "logit_normal"
+    c.model.hidden_size = 256
+    c.model.num_layers = 8
+    c.model.num_heads = 4
+    c.model.dropout = 0.0
+    c.model.text_mode = "cross"
+    c.model.modulation = "adaln_zero"
+    c.sample.sampler = "euler"
+    c.sample.steps = 25
+    c.sample.guidance_scale = 2.0
+    return c

@@ -1,0 +1,10 @@
+"""The toy model, made once."""
+
+import pytest
+
+from tests.toy import Toy
+
+
+@pytest.fixture(scope="session")
+def toy() -> Toy:
+    return Toy()

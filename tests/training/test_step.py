@@ -1,0 +1,136 @@
+"""The step against its own definition, on a model of a few hundred parameters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dit_jax.diffusion.objectives import uniform
+from dit_jax.diffusion.process import Process
+from dit_jax.diffusion.schedules import make_schedule
+from dit_jax.sharding import make_mesh, put_batch, replicated
+from dit_jax.training.state import TrainState
+from dit_jax.training.step import TrainStep
+from tests.toy import Toy
+
+B = 4
+
+
+@pytest.fixture(scope="module")
+def toy() -> Toy:
+    return Toy(dropout=0.0)
+
+
+def make_step(toy: Toy, **changes) -> TrainStep:
+    process = Process(make_schedule("rectified_flow", 1.0), "flow")
+    options = {
+        "model": toy.model,
+        "process": process,
+        "sample_times": uniform(process.schedule),
+        "to_model_latents": lambda raw: raw * 2.0,
+        "optimizer": optax.sgd(0.1),
+        "learning_rate": optax.constant_schedule(0.1),
+        "caption_dropout": 0.5,
+        "ema_decay": 0.9,
+        "accumulate": 1,
+        "seed": 3,
+    }
+    return TrainStep(**{**options, **changes})
+
+
+def make_state(toy: Toy, step: TrainStep, at: int = 100) -> TrainState:
+    params = jax.tree.map(jnp.copy, toy.params)
+    return TrainState(jnp.int32(at), params, jax.tree.map(jnp.zeros_like, params), step.optimizer.init(params))
+
+
+@pytest.fixture(scope="module")
+def batch(toy) -> dict:
+    k = jax.random.split(jax.random.key(7), 4)
+    m = toy.model
+    return {
+        "mean": np.asarray(jax.random.normal(k[0], (B, 4, 6, m.in_channels))),
+        "std": np.asarray(jax.random.uniform(k[1], (B, 4, 6, m.in_channels))),
+        "hidden": np.asarray(jax.random.normal(k[2], (B, m.text_length, m.text_width))),
+        "pooled": np.asarray(jax.random.normal(k[3], (B, m.pooled_width))),
+        "mask": np.ones((B, m.text_length), bool),
+    }
+
+
+@pytest.fixture(scope="module")
+def plain(toy, batch):
+    step = make_step(toy)
+    return jax.jit(step)(make_state(toy, step), batch)
+
+
+def assert_close(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5), a, b)
+
+
+def test_one_step_is_the_written_definition(toy, batch, plain):
+    """Loss, update and average, computed again by hand from the same keys."""
+    state, metrics = plain
+    key_samples, key_dropout = jax.random.split(jax.random.key(3))
+    x0, x_t, targets, times, dropped = [], [], [], [], []
+    for i in range(B):
+        keys = jax.random.split(jax.random.fold_in(key_samples, 100 * B + i), 4)
+        shape = batch["mean"][i].shape
+        x0.append(2.0 * (batch["mean"][i] + batch["std"][i] * jax.random.normal(keys[0], shape)))
+        times.append(1.0 - jax.random.uniform(keys[1]))
+        noise = jax.random.normal(keys[2], shape)
+        x_t.append((1 - times[i]) * x0[i] + times[i] * noise)
+        targets.append(noise - x0[i])
+        dropped.append(bool(jax.random.bernoulli(keys[3], 0.5)))
+    assert any(dropped) and not all(dropped)
+
+    def loss(params):
+        null = toy.model.apply({"params": params}, B, method="null_text")
+        pick = np.array(dropped)
+        text = type(null)(*(
+            jnp.where(pick.reshape(B, *[1] * (n.ndim - 1)), n, jnp.asarray(batch[name]))
+            for name, n in null._asdict().items()
+        ))  # fmt: skip
+        out = toy.apply(params, jnp.stack(x_t), jnp.stack(times), text)
+        return jnp.square(out - jnp.stack(targets)).mean()
+
+    value, gradient = jax.value_and_grad(loss)(toy.params)
+    assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-4)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(optax.global_norm(gradient)), rel=1e-3)
+    params = jax.tree.map(lambda p, g: p - 0.1 * g, toy.params, gradient)
+    assert_close(state.params, params)
+    assert_close(state.ema, jax.tree.map(lambda p: 0.1 * p, params))  # decay 0.9 from an average of zero
+    assert int(state.step) == 101
+    del key_dropout
+
+
+def test_accumulation_and_devices_change_nothing(toy, batch, plain):
+    step = make_step(toy, accumulate=2)
+    assert_close(jax.jit(step)(make_state(toy, step), batch), plain)
+
+    mesh = make_mesh(jax.devices()[:2])
+    step = make_step(toy)
+    state = jax.device_put(make_state(toy, step), replicated(mesh))
+    spread = jax.jit(step)(state, put_batch(batch, mesh))
+    assert len(spread[0].params["pos_embed"]["table"].sharding.device_set) == 2
+    assert_close(spread, plain)
+
+
+def test_randomness_is_of_the_step_and_the_seed(toy, batch, plain):
+    for step, at in ((make_step(toy), 101), (make_step(toy, seed=4), 100)):
+        _, metrics = jax.jit(step)(make_state(toy, step, at), batch)
+        assert abs(float(metrics["loss"]) - float(plain[1]["loss"])) > 1e-3
+
+
+def test_dropped_captions_are_never_read(toy, batch):
+    step = make_step(toy, caption_dropout=1.0)
+    function = jax.jit(step)
+    other = {**batch, "hidden": batch["hidden"] + 1.0, "pooled": batch["pooled"] - 1.0}
+    for a, b in zip(*(jax.tree.leaves(function(make_state(toy, step), x)) for x in (batch, other)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_average_warms_up(toy, batch):
+    """At step 0 the decay is 1 / 10, whatever ema_decay says."""
+    step = make_step(toy, ema_decay=0.9999)
+    state, _ = jax.jit(step)(make_state(toy, step, at=0), batch)
+    assert_close(state.ema, jax.tree.map(lambda p: 0.9 * p, state.params))

@@ -1,0 +1,63 @@
+"""Rows of a run: cut on resume, torn lines forgotten."""
+
+import json
+
+import pytest
+
+from dit_jax.errors import DivergedError
+from dit_jax.training.progress import Progress, check_finite, duration
+from dit_jax.training.writer import Writer, truncate_rows
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_past_the_restored_step_and_torn_lines_are_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3}\n{"step": 5, "loss": 2}\n{"step": 9, "loss": 1}\n{"step": 1')
+    truncate_rows(path, 5)
+    assert [row["step"] for row in rows(path)] == [1, 5]
+    truncate_rows(tmp_path / "absent.jsonl", 5)
+    assert not (tmp_path / "absent.jsonl").exists()
+
+
+def test_a_writer_goes_on_where_the_run_was_restored(tmp_path):
+    for start, values in ((0, {1: 3.0, 2: 2.0, 3: 1.0}), (2, {3: 1.0, 4: 0.5})):
+        writer = Writer(tmp_path, start, "", {"seed": 0})
+        for step, loss in values.items():
+            writer.metrics(step, {"loss": loss})
+        writer.close()
+    assert rows(tmp_path / "metrics.jsonl") == [
+        {"step": step, "loss": loss} for step, loss in ((1, 3.0), (2, 2.0), (3, 1.0), (4, 0.5))
+    ]
+
+
+def test_progress_writes_step_1_the_multiples_and_the_last(tmp_path, capsys):
+    writer = Writer(tmp_path, 0, "", {"seed": 0})
+    progress = Progress(writer, log_every=4, start=0, total_steps=10, batch_size=2, flops=100, peak=1e6)
+    for step in range(1, 11):
+        with progress.waiting():
+            pass
+        progress.step(step, {"loss": 1.0 / step, "grad_norm": 2.0, "learning_rate": 1e-4})
+        written = [row["step"] for row in rows(tmp_path / "metrics.jsonl")]
+        assert step not in written  # one step late, so that the device never waits for the host
+    progress.close()
+    writer.close()
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 4, 8, 10]
+    timing = rows(tmp_path / "timing.jsonl")
+    assert all({"images_per_second", "data_wait", "memory_gib", "mfu"} <= row.keys() for row in timing)
+    assert timing[0]["mfu"] == pytest.approx(timing[0]["images_per_second"] * 100 / 1e6)
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.startswith("step=4/10 loss=0.2500 gnorm=2.00 lr=1.0e-04 img/s=") and "mfu=" in line and "eta=" in line
+
+
+def test_a_loss_that_is_not_finite_is_an_error():
+    check_finite(3, 1.0)
+    for loss in (float("nan"), float("inf")):
+        with pytest.raises(DivergedError, match="the loss of step 3 is"):
+            check_finite(3, loss)
+
+
+def test_durations_are_readable():
+    assert [duration(s) for s in (7, 245, 11520)] == ["7s", "4m05s", "3h12m"]
