@@ -1,0 +1,1 @@
+"""How the embedded encoders are made: their training pictures, the VAE, the CLIP, and what they must reach."""
