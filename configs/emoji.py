@@ -1,7 +1,7 @@
 """Your own captioned pictures at 128 px with the embedded encoders; made for Noto Emoji, fits any small folder.
 
-    python -m dit_jax.main --config=configs/emoji.py --config.data.source=folder:emoji
-    python -m dit_jax.sample --model=runs/emoji --prompt="red apple" --num_images=4
+python -m dit_jax.main --config=configs/emoji.py --config.data.source=folder:emoji
+python -m dit_jax.sample --model=runs/emoji --prompt="red apple" --num_images=4
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """The shapes world from nothing, on a laptop: small pictures, embedded encoders, token-level text.
 
-    bash launch/quickstart.sh
-    python -m dit_jax.main --config=configs/quickstart.py
+bash launch/quickstart.sh
+python -m dit_jax.main --config=configs/quickstart.py
 """
 
 from ml_collections import ConfigDict

@@ -8,12 +8,12 @@ part of it into one object.
 import ast
 import contextlib
 import difflib
-import importlib.util
 import json
+import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,9 @@ def load_config(spec: str, overrides: Mapping[str, str]) -> ConfigDict:
     name, colon, inline = spec.partition(":") if ":" in spec[2:] else (spec, "", "")
     path = Path(name)
     if not path.is_file():
-        presets = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py") if p.stem not in ("__init__", "default")))
+        presets = ", ".join(
+            sorted(str(p) for p in Path("configs").glob("*.py") if p.stem not in ("__init__", "default"))
+        )
         raise ConfigError(
             f"no config file {name} in {Path.cwd()}; " + (f"there are {presets}" if presets else "give its full path")
         )
@@ -77,10 +79,7 @@ def _run_config_file(path: Path) -> ConfigDict:
     root = str(path.resolve().parent.parent)
     if root not in sys.path:
         sys.path.insert(0, root)
-    spec = importlib.util.spec_from_file_location(f"dit_jax_config_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    return runpy.run_path(str(path))["get_config"]()
 
 
 def read_json(path: Path) -> ConfigDict:
@@ -183,8 +182,7 @@ def resolve(
     _check_positive(config, ("total_steps", "batch_size", "accumulate", "keep_latest"))
     if config.batch_size % (config.accumulate * num_devices):
         raise ConfigError(
-            f"batch_size {config.batch_size} is not divisible by accumulate {config.accumulate}"
-            f" x {num_devices} devices"
+            f"batch_size {config.batch_size} is not divisible by accumulate {config.accumulate} x {num_devices} devices"
         )
     if config.data.encode == "once" and config.data.crop == "random":
         raise ConfigError("data.crop=random needs data.encode=every_step: pictures that are encoded once are cut once")
@@ -197,7 +195,9 @@ def resolve(
             raise ConfigError(f"model.{key} is {config.model[key]}, but {text_encoder.name} has {value}; set it to 0")
         config.model[key] = value
     if config.model.in_channels != vae.network.latent_channels:
-        raise ConfigError(f"model.in_channels is {config.model.in_channels}, but {vae.name} has {vae.network.latent_channels}")
+        raise ConfigError(
+            f"model.in_channels is {config.model.in_channels}, but {vae.name} has {vae.network.latent_channels}"
+        )
     unit = vae.factor * config.model.patch_size
     if config.data.image_size % unit or config.data.image_size < unit:
         raise ConfigError(
@@ -276,7 +276,7 @@ def make_text_encoder(config: ConfigDict) -> "TextEncoder":
         return load_text_encoder(config.text_encoder)
 
 
-def make_source(config: ConfigDict, part: str) -> "Source":
+def make_source(config: ConfigDict, part: Literal["train", "validation"]) -> "Source":
     """The records to train on (``part="train"``) or those set aside (``"validation"``)."""
     from dit_jax.data.shapes_world import ShapesWorld
     from dit_jax.data.sources import Folder, split
@@ -286,7 +286,7 @@ def make_source(config: ConfigDict, part: str) -> "Source":
         if config.data.max_objects not in (1, 2, 3):
             raise ConfigError(f"data.max_objects is {config.data.max_objects}; it can be 1, 2, 3")
         objects = tuple(range(1, config.data.max_objects + 1))
-        source = ShapesWorld(config.seed, config.data.num_pictures, objects=objects, combinations="seen")
+        source: Source = ShapesWorld(config.seed, config.data.num_pictures, objects=objects, combinations="seen")
     elif kind == "folder" and place:
         source = Folder(place)
     else:
@@ -364,7 +364,5 @@ def make_optimizer(config: ConfigDict) -> tuple["optax.GradientTransformation", 
     schedule = optimizer.learning_rate_schedule(
         config.learning_rate_schedule, config.learning_rate, config.warmup_steps, config.total_steps
     )
-    adamw = optimizer.make_optimizer(
-        schedule, config.adam_b1, config.adam_b2, config.weight_decay, config.clip_norm
-    )
+    adamw = optimizer.make_optimizer(schedule, config.adam_b1, config.adam_b2, config.weight_decay, config.clip_norm)
     return adamw, schedule

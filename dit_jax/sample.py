@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
     from dit_jax.encoders import VAE, TextEncoder
+    from dit_jax.encoders.tokenizer import LongPrompt
 
 BATCHES = (1, 8, 64)  # compiled batch sizes: a call is cut into the largest and padded to the smallest that fits
 
@@ -40,9 +41,7 @@ class Pipeline:
     Attributes: the arguments, by the same names.
     """
 
-    def __init__(
-        self, config: "ConfigDict", vae: "VAE", text_encoder: "TextEncoder", params: Any, step: int
-    ) -> None:
+    def __init__(self, config: "ConfigDict", vae: "VAE", text_encoder: "TextEncoder", params: Any, step: int) -> None:
         import jax
 
         from dit_jax import build
@@ -99,7 +98,7 @@ class Pipeline:
         sampler: str | None = None,
         height: int | None = None,
         width: int | None = None,
-        long_prompt: str = "truncate",
+        long_prompt: "LongPrompt" = "truncate",
     ) -> list[Image.Image]:
         """Draw ``num_images`` pictures per prompt, prompt by prompt.
 
@@ -120,9 +119,7 @@ class Pipeline:
             prompts = [prompts]
         prompts = [prompt for prompt in prompts for _ in range(num_images)]
         seeds = range(seed, seed + len(prompts))
-        pixels = self.draw(
-            prompts, seeds, steps, guidance_scale, negative_prompt, sampler, height, width, long_prompt
-        )
+        pixels = self.draw(prompts, seeds, steps, guidance_scale, negative_prompt, sampler, height, width, long_prompt)
         images = [Image.fromarray(p) for p in pixels]
         for image, prompt, one_seed in zip(images, prompts, seeds, strict=True):
             image.info = {"prompt": prompt, "seed": str(one_seed), "step": str(self.step)}
@@ -138,7 +135,7 @@ class Pipeline:
         sampler: str | None = None,
         height: int | None = None,
         width: int | None = None,
-        long_prompt: str = "truncate",
+        long_prompt: "LongPrompt" = "truncate",
     ) -> np.ndarray:
         """Like a call, with one seed per prompt: uint8 ``[len(prompts), height, width, 3]``."""
         from dit_jax.build import config_errors
@@ -165,8 +162,16 @@ class Pipeline:
             B = next(size for size in BATCHES if size >= n)
             rows = np.minimum(np.arange(first, first + B), len(prompts) - 1)  # the last one fills the batch
             pictures.append(
-                self._draw_batch(ids[rows], mask[rows], np.asarray(seeds)[rows], negative, size,
-                                 sampler, steps, float(guidance_scale))[:n]  # fmt: skip
+                self._draw_batch(
+                    ids[rows],
+                    mask[rows],
+                    np.asarray(seeds)[rows],
+                    negative,
+                    size,
+                    sampler,
+                    steps,
+                    float(guidance_scale),
+                )[:n]  # fmt: skip
             )
         return np.concatenate(pictures)
 
@@ -294,7 +299,7 @@ def _draw(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         path = args.output / f"{i:05d}.png"
-        save_png(image, path, image.info)
+        save_png(image, path, {key: image.info[key] for key in ("prompt", "seed", "step")})
         print(f"{path}  seed={image.info['seed']}  {image.info['prompt']}")
     columns = args.num_images if args.num_images > 1 else min(len(images), 8)
     make_grid(images, columns).save(args.output / "grid.png")

@@ -10,7 +10,7 @@ import itertools
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from PIL import Image
 from dit_jax import build
 from dit_jax.arrays import Array
 from dit_jax.data.bad_records import BadRecords
-from dit_jax.data.loader import Samples, batches, scan
+from dit_jax.data.loader import RawBatch, Samples, batches, scan
 from dit_jax.data.sources import Source
 from dit_jax.encoders import VAE, TextEncoder
 from dit_jax.encoders.latents import measure_scale
@@ -32,6 +32,7 @@ from dit_jax.sample import Pipeline, make_grid, save_png
 from dit_jax.sharding import make_mesh, put_batch
 from dit_jax.training import encode
 from dit_jax.training.checkpoint import Checkpoints
+from dit_jax.training.encode import EncodedBatch
 from dit_jax.training.progress import Progress, check_finite
 from dit_jax.training.state import TrainState, init_state
 from dit_jax.training.step import TrainStep
@@ -43,7 +44,7 @@ CHUNK = 256  # records encoded at a time
 MEASURED = 2048  # records whose latents are measured when encoders run at every step
 THREADS = 8  # that read and decode pictures, in every process that does
 
-Batches = Callable[[int, int], Iterable[dict[str, np.ndarray]]]  # (first step, last step) -> encoded batches
+Batches = Callable[[int, int], Iterator[EncodedBatch]]  # (first step, last step) -> encoded batches
 
 
 def run(config: ConfigDict, workdir: Path) -> TrainState | None:
@@ -103,7 +104,7 @@ def run(config: ConfigDict, workdir: Path) -> TrainState | None:
         accumulate=config.accumulate,
         seed=config.seed,
     )
-    say(f"parameters: {count_parameters(state.params):,}; compute in {dtype.__name__}")
+    say(f"parameters: {count_parameters(state.params):,}; compute in {np.dtype(dtype).name}")
 
     # ---- the loop
     pipeline = Pipeline(config, vae, text_encoder, state.ema, start)
@@ -120,7 +121,7 @@ def run(config: ConfigDict, workdir: Path) -> TrainState | None:
         peak and peak * mesh.size,
     )
     train_step = None
-    batch_iterator = iter(encoded_batches(start, stop))
+    batch_iterator = encoded_batches(start, stop)
     for step in range(start + 1, stop + 1):
         with progress.waiting():
             batch = put_batch(next(batch_iterator), mesh)
@@ -166,7 +167,9 @@ def banner(
     """Say what runs, on what, with which data and encoders, and where it begins."""
     packages = " ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "orbax-checkpoint"))
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    say(f"dit_jax {version('dit_jax')} ({git.stdout.strip() or 'no git'}), Python {platform.python_version()}, {packages}")
+    say(
+        f"dit_jax {version('dit_jax')} ({git.stdout.strip() or 'no git'}), Python {platform.python_version()}, {packages}"
+    )
     say(f"devices: {mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
     say(f"data: {config.data.source}, {records:,} records, {config.data.image_size} px")
     for encoder in encoders:
@@ -174,9 +177,7 @@ def banner(
     say(f"workdir: {workdir}, " + (f"resuming from step {start}" if start else "a new run"))
 
 
-def prepare_data(
-    config: ConfigDict, workdir: Path, source: Source, vae: VAE, text_encoder: TextEncoder
-) -> Batches:
+def prepare_data(config: ConfigDict, workdir: Path, source: Source, vae: VAE, text_encoder: TextEncoder) -> Batches:
     """Encode the source, or get ready to at every step; fill ``config.latents``; look at the first pictures."""
     data = config.data
     flip = build.choose_flip(config, source)
@@ -184,7 +185,7 @@ def prepare_data(
         bad_records = BadRecords(workdir / "bad_records.jsonl", data.max_bad_fraction, len(source))
     samples = Samples(source, config.seed, data.image_size, random_crop=data.crop == "random", flip=flip)
 
-    def raw_batches(batch_size: int, start: int, stop: int):
+    def raw_batches(batch_size: int, start: int, stop: int) -> Iterator[RawBatch]:
         return batches(samples, text_encoder.tokenize, bad_records, batch_size, start, stop, THREADS, data.workers)
 
     first = next(raw_batches(min(32, len(source)), 0, 1))
@@ -194,14 +195,16 @@ def prepare_data(
             source, text_encoder.tokenize, bad_records, CHUNK, config.seed, data.image_size, THREADS, data.workers
         )
         encoded = encode.encode_once(chunks, vae, text_encoder, flip, config.seed)
-        say(f"encoded {len(source):,} pictures{' and their mirror images' if flip else ''} in {time.monotonic() - begin:.0f} s")
+        say(
+            f"encoded {len(source):,} pictures{' and their mirror images' if flip else ''} in {time.monotonic() - begin:.0f} s"
+        )
 
-        def encoded_batches(start: int, stop: int):
+        def encoded_batches(start: int, stop: int) -> Iterator[EncodedBatch]:
             return (encoded.batch(step, config.batch_size) for step in range(start, stop))
 
     else:
 
-        def encoded_batches(start: int, stop: int):
+        def encoded_batches(start: int, stop: int) -> Iterator[EncodedBatch]:
             return encode.encode_every_step(raw_batches(config.batch_size, start, stop), vae, text_encoder)
 
     if not config.latents.scale:

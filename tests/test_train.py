@@ -35,9 +35,7 @@ def assert_same_run(a: Path, b: Path, step: int) -> None:
 
 
 def run_main(*flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "dit_jax.main", *flags], capture_output=True, text=True, check=False
-    )
+    return subprocess.run([sys.executable, "-m", "dit_jax.main", *flags], capture_output=True, text=True, check=False)
 
 
 def test_a_run_stopped_at_9_and_resumed_in_another_process_is_the_same_run(tiny_run, tmp_path):

@@ -34,9 +34,7 @@ def randomise(params: Any, seed: int) -> Any:
     """The same tree with every leaf normal: nothing is zero, so nothing is ignored."""
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return structure.unflatten(
-        [0.3 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-    )
+    return structure.unflatten([0.3 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
 
 
 class Toy:

@@ -94,7 +94,7 @@ class DiT(nn.Module):
     remat: str
     dtype: jnp.dtype = jnp.float32
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, valid in CHOICES.items():
             if getattr(self, name) not in valid:
                 raise ValueError(f"model.{name} is {getattr(self, name)!r}; it can be {', '.join(valid)}")
@@ -109,7 +109,7 @@ class DiT(nn.Module):
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be 1 or more")
         super().__post_init__()
 
-    def setup(self):
+    def setup(self) -> None:
         self.x_embedder = PatchEmbedder(self.patch_size, self.hidden_size, self.dtype)
         self.pos_embed = PositionEmbedder(self.hidden_size, self.dtype)
         self.t_embedder = TimestepEmbedder(self.hidden_size, self.time_scale, self.dtype)

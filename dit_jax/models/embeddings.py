@@ -103,7 +103,7 @@ class TextEmbedder(nn.Module):
     pooled_width: int
     dtype: jnp.dtype
 
-    def setup(self):
+    def setup(self) -> None:
         init = nn.initializers.normal(0.02)
         self.proj = nn.Dense(self.hidden_size, dtype=self.dtype, kernel_init=init)
         if self.text_pool == "eos":
@@ -111,9 +111,7 @@ class TextEmbedder(nn.Module):
         if self.text_pool == "mean" or self.text_mode == "cross":
             self.null_token = self.param("null_token", init, (self.text_width,), jnp.float32)
         if self.text_mode == "cross":
-            self.token_proj = nn.Dense(
-                self.hidden_size, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform()
-            )
+            self.token_proj = nn.Dense(self.hidden_size, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
 
     def null(self, B: int) -> TextStates:
         """B learned null captions: one token, one pooled state, everything else masked."""
@@ -146,11 +144,10 @@ class PositionEmbedder(nn.Module):
 
     @nn.compact
     def __call__(self, rows: int, cols: int) -> Array:
-        if self.has_variable("params", "table"):
-            table = self.get_variable("params", "table")
-        else:
-            shape = (rows, cols, self.hidden_size)
-            table = self.param("table", nn.initializers.normal(0.02), shape, jnp.float32)
+        # asked for by hand: `self.param` refuses a table of another grid
+        if not self.has_variable("params", "table"):
+            self.param("table", nn.initializers.normal(0.02), (rows, cols, self.hidden_size), jnp.float32)
+        table = jnp.asarray(self.get_variable("params", "table"))
         if table.shape[:2] != (rows, cols):
             table = jax.image.resize(table, (rows, cols, self.hidden_size), method="bicubic")
         return table.reshape(rows * cols, self.hidden_size).astype(self.dtype)

@@ -81,7 +81,7 @@ class CrossAttention(nn.Module):
     hidden_size: int
     dtype: jnp.dtype
 
-    def setup(self):
+    def setup(self) -> None:
         width = self.num_heads * self.head_dim
         self.q = nn.Dense(width, dtype=self.dtype, kernel_init=XAVIER)
         self.kv = nn.Dense(2 * width, dtype=self.dtype, kernel_init=XAVIER)
@@ -138,7 +138,7 @@ class DiTBlock(nn.Module):
     text_mode: str
     dtype: jnp.dtype
 
-    def setup(self):
+    def setup(self) -> None:
         gated = self.modulation == "adaln_zero"
         self.adaln = Modulation(6 if gated else 4, self.dtype)
         self.attention = SelfAttention(self.num_heads, self.head_dim, self.dtype)

@@ -117,9 +117,12 @@ def restore_params(directory: Path, step: int, item: str, shapes: Any) -> Any:
     Raises:
       CheckpointError: if the step is unreadable or of another model.
     """
-    with _readable(directory, step), ocp.CheckpointManager(
-        directory.absolute(), item_names=ITEMS, options=ocp.CheckpointManagerOptions(read_only=True)
-    ) as manager:
+    with (
+        _readable(directory, step),
+        ocp.CheckpointManager(
+            directory.absolute(), item_names=ITEMS, options=ocp.CheckpointManagerOptions(read_only=True)
+        ) as manager,
+    ):
         return manager.restore(step, args=ocp.args.Composite(**{item: _wanted(shapes)}))[item]
 
 

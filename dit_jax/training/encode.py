@@ -56,9 +56,7 @@ class Encoded:
         }
 
 
-def encode_once(
-    chunks: Iterable[RawBatch], vae: VAE, text_encoder: TextEncoder, flip: bool, seed: int
-) -> Encoded:
+def encode_once(chunks: Iterable[RawBatch], vae: VAE, text_encoder: TextEncoder, flip: bool, seed: int) -> Encoded:
     """Encode every record of a source, given the raw batches of `dit_jax.data.loader.scan`.
 
     Captions repeat, so each distinct one is encoded and kept once.
@@ -84,9 +82,7 @@ def encode_once(
     )
 
 
-def encode_every_step(
-    raw_batches: Iterable[RawBatch], vae: VAE, text_encoder: TextEncoder
-) -> Iterator[EncodedBatch]:
+def encode_every_step(raw_batches: Iterable[RawBatch], vae: VAE, text_encoder: TextEncoder) -> Iterator[EncodedBatch]:
     """Encode raw batches as they come."""
     for raw in raw_batches:
         mean, std = vae.encode(to_unit(raw["image"]))

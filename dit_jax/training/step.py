@@ -64,9 +64,7 @@ class TrainStep:
         dropout_keys = jax.random.split(jax.random.fold_in(key_dropout, state.step), self.accumulate)
 
         loss_and_grad = jax.value_and_grad(self.loss)
-        slices = jax.tree.map(
-            lambda a: a.reshape(self.accumulate, B // self.accumulate, *a.shape[1:]), (batch, keys)
-        )
+        slices = jax.tree.map(lambda a: a.reshape(self.accumulate, B // self.accumulate, *a.shape[1:]), (batch, keys))
 
         def add_slice(total, part):
             (batch, keys), dropout_key = part
@@ -94,9 +92,7 @@ class TrainStep:
     def loss(self, params: Any, batch: Batch, keys: Array, dropout_key: Array) -> Array:
         """Mean loss over a batch whose samples draw from ``keys [B]``; float32 scalar."""
         B = keys.shape[0]
-        key_latents, key_time, key_noise, key_caption = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(
-            keys
-        )
+        key_latents, key_time, key_noise, key_caption = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys)
         mean, std = batch["mean"], batch["std"]
         noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(key_latents)
         x0 = self.to_model_latents(mean + std * noise)

@@ -43,8 +43,7 @@ class Writer:
 
         for name in ("metrics.jsonl", "timing.jsonl"):
             truncate_rows(workdir / name, step)
-        self._metrics = open(workdir / "metrics.jsonl", "a", buffering=1)
-        self._timing = open(workdir / "timing.jsonl", "a", buffering=1)
+        self._metrics, self._timing = workdir / "metrics.jsonl", workdir / "timing.jsonl"
         self._tensorboard = SummaryWriter(str(workdir / "tb"), purge_step=step + 1)
         self._wandb = None
         if wandb_project:
@@ -65,16 +64,16 @@ class Writer:
         """A picture, uint8 ``[height, width, 3]``, for TensorBoard."""
         self._tensorboard.add_image(name, image, step, dataformats="HWC")
 
-    def _write(self, file: Any, step: int, row: dict[str, float]) -> None:
-        file.write(json.dumps({"step": step, **row}) + "\n")
+    def _write(self, path: Path, step: int, row: dict[str, float]) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps({"step": step, **row}) + "\n")
         for name, value in row.items():
             self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(row, step=step)
 
     def close(self) -> None:
-        self._metrics.close()
-        self._timing.close()
+        """Write what is still held back."""
         self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()

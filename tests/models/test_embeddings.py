@@ -40,9 +40,7 @@ def test_patch_embedding_equals_a_convolution_with_the_same_kernel():
     params = module.init(jax.random.key(1), x)["params"]
     params = {"proj": {**params["proj"], "bias": jnp.arange(D, dtype=jnp.float32)}}
     kernel = params["proj"]["kernel"].reshape(p, p, C, D)  # HWIO
-    convolved = jax.lax.conv_general_dilated(
-        x, kernel, (p, p), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    convolved = jax.lax.conv_general_dilated(x, kernel, (p, p), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     expected = convolved.reshape(2, 6, D) + params["proj"]["bias"][None, None]
     np.testing.assert_allclose(module.apply({"params": params}, x), expected, rtol=1e-5, atol=1e-5)
 
