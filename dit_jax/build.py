@@ -62,12 +62,9 @@ def load_config(spec: str, overrides: Mapping[str, str]) -> ConfigDict:
     name, colon, inline = spec.partition(":") if ":" in spec[2:] else (spec, "", "")
     path = Path(name)
     if not path.is_file():
-        presets = ", ".join(
-            sorted(str(p) for p in Path("configs").glob("*.py") if p.stem not in ("__init__", "default"))
-        )
-        raise ConfigError(
-            f"no config file {name} in {Path.cwd()}; " + (f"there are {presets}" if presets else "give its full path")
-        )
+        presets = [str(p) for p in sorted(Path("configs").glob("*.py")) if p.stem not in ("__init__", "default")]
+        there_are = f"there are {', '.join(presets)}" if presets else "give its full path"
+        raise ConfigError(f"no config file {name} in {Path.cwd()}; {there_are}")
     config = read_json(path) if path.suffix == ".json" else _run_config_file(path)
     pairs = [item.partition("=") for item in inline.split(",")] if colon else []
     apply_overrides(config, {key: value for key, _, value in pairs} | dict(overrides))

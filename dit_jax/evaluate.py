@@ -85,9 +85,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     print(f"settings: {' '.join(f'{key}={value}' for key, value in settings.items())}")
     for name, parts in scores.items():
         right = round(parts["right"] * parts["prompts"])
-        print(
-            f"{name}: {right} of {parts['prompts']} pictures are right; the first {SHOWN} are in {folder / 'grid.png'}"
-        )
+        print(f"{name}: {right} of {parts['prompts']} right")
+    print(f"the first {SHOWN} pictures of each: {folder / 'grid.png'}")
     print("shapes: " + " ".join(f"{name}={parts['right']:.2f}" for name, parts in scores.items()))
 
 

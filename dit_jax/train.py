@@ -167,9 +167,8 @@ def banner(
     """Say what runs, on what, with which data and encoders, and where it begins."""
     packages = " ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "orbax-checkpoint"))
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    say(
-        f"dit_jax {version('dit_jax')} ({git.stdout.strip() or 'no git'}), Python {platform.python_version()}, {packages}"
-    )
+    commit = git.stdout.strip() or "no git"
+    say(f"dit_jax {version('dit_jax')} ({commit}), Python {platform.python_version()}, {packages}")
     say(f"devices: {mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
     say(f"data: {config.data.source}, {records:,} records, {config.data.image_size} px")
     for encoder in encoders:
@@ -195,9 +194,8 @@ def prepare_data(config: ConfigDict, workdir: Path, source: Source, vae: VAE, te
             source, text_encoder.tokenize, bad_records, CHUNK, config.seed, data.image_size, THREADS, data.workers
         )
         encoded = encode.encode_once(chunks, vae, text_encoder, flip, config.seed)
-        say(
-            f"encoded {len(source):,} pictures{' and their mirror images' if flip else ''} in {time.monotonic() - begin:.0f} s"
-        )
+        mirrored = " and their mirror images" if flip else ""
+        say(f"encoded {len(source):,} pictures{mirrored} in {time.monotonic() - begin:.0f} s")
 
         def encoded_batches(start: int, stop: int) -> Iterator[EncodedBatch]:
             return (encoded.batch(step, config.batch_size) for step in range(start, stop))
