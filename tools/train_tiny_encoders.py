@@ -20,13 +20,14 @@ from pathlib import Path  # noqa: E402
 
 from absl import app, flags  # noqa: E402
 from tiny_encoders import aims, clip, vae  # noqa: E402
-from tiny_encoders.pictures import read_folder, shapes  # noqa: E402
+from tiny_encoders.pictures import read_folder, shapes, with_hard_half  # noqa: E402
 
 SEED = 0
 SHAPES_SEED = 2024
 NUM_SHAPES = 20_000
-VAE_STEPS, VAE_OBJECTS = 4000, (1, 2, 3)
-CLIP_STEPS, CLIP_OBJECTS = 1200, (1, 2, 2, 3)  # two objects twice as often
+OBJECTS = (1, 2, 2, 3)  # two objects twice as often
+VAE_STEPS = 4500
+CLIP_STEPS = 1800
 EVALUATION_SCENES = 1000
 
 _PICTURES = flags.DEFINE_string("pictures", None, "folder of captioned pictures, 128 px", required=True)
@@ -40,10 +41,10 @@ def main(_: list[str]) -> None:
     if not _EVALUATE.value:
         real = read_folder(folder, "train")
         if "vae" in _NETWORKS.value:
-            _, drawn = shapes(SHAPES_SEED, NUM_SHAPES, VAE_OBJECTS)
+            drawn = with_hard_half(*shapes(SHAPES_SEED, NUM_SHAPES, OBJECTS))
             vae.train(drawn, real.images, VAE_STEPS, SEED, output / aims.VAE_FOLDER)
         if "clip" in _NETWORKS.value:
-            scenes, drawn = shapes(SHAPES_SEED, NUM_SHAPES, CLIP_OBJECTS)
+            scenes, drawn = shapes(SHAPES_SEED, NUM_SHAPES, OBJECTS)
             clip.train(scenes, drawn, real, CLIP_STEPS, SEED, output / aims.CLIP_FOLDER)
     for name, value in aims.measure(output, folder, EVALUATION_SCENES).items():
         aim = f" (aim: {aims.AIMS[name]:g} or more)" if name in aims.AIMS else ""

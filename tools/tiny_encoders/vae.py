@@ -41,9 +41,7 @@ CONFIG = {
     "sample_size": 64,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
-BATCH = 8  # pictures of 64 px of either kind
-LARGE_BATCH = 2  # whole real pictures, as many pixels as BATCH small ones
-LARGE_FROM = 0.8  # share of the training after which the real pictures come whole
+BATCH = 8  # of shapes, and of real pictures
 PEAK_LEARNING_RATE = 2e-3
 WARMUP_STEPS = 200
 SHAPES_WEIGHT = 4  # of the loss on shapes: little of such a picture is hard, and all of that matters
@@ -58,19 +56,16 @@ Batch = dict[str, np.ndarray]
 
 
 def batches(rng: np.random.Generator, shapes: np.ndarray, real: np.ndarray, steps: int) -> Iterator[Batch]:
-    """Pictures in [-1, 1]: as many pixels of shapes as of real pictures, those in random cuts and colours."""
-    for step in range(steps):
+    """Pictures in [-1, 1], as many shapes as real pictures, those in random cuts and colours."""
+    for _ in range(steps):
         drawn = shapes[rng.integers(len(shapes), size=BATCH)]
-        if step < LARGE_FROM * steps:
-            chosen = real[rng.integers(len(real), size=BATCH)]
-            cuts = [recolour(rng, random_cut(rng, image, _side(rng))) for image in chosen]
-        else:
-            cuts = [recolour(rng, image) for image in real[rng.integers(len(real), size=LARGE_BATCH)]]
+        chosen = real[rng.integers(len(real), size=BATCH)]
+        cuts = [recolour(rng, random_cut(rng, image, _side(rng))) for image in chosen]
         yield {"shapes": to_signed(drawn), "real": to_signed(np.stack(cuts))}
 
 
 def _side(rng: np.random.Generator) -> int:
-    """Half of the cuts are not scaled: they show a real picture at the scale at which it comes whole."""
+    """Half of the cuts are not scaled: they show a real picture at the scale of the folder."""
     return IMAGE_SIZE if rng.random() < 0.5 else int(rng.integers(IMAGE_SIZE, FOLDER_SIZE + 1))
 
 
