@@ -228,9 +228,7 @@ class CLIPTextModel(nn.Module):
         eos = jnp.argmax(is_eos, axis=1)[:, None, None]  # the first of equals, as padding may be EOS too
         pooled = jnp.take_along_axis(last, eos, axis=1)[:, 0]  # [B, E]
         if self.projection_dim is not None:
-            projection = nn.Dense(
-                self.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection"
-            )
+            projection = nn.Dense(self.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")
             pooled = projection(pooled).astype(jnp.float32)
         return TextStates(jnp.where(mask[:, :, None], hidden, 0.0), pooled, mask)
 
@@ -274,9 +272,7 @@ class CLIPVisionModel(nn.Module):
           hidden float32 ``[B, 1 + N, D]``, class token first, without the final norm as in transformers;
           pooled float32 ``[B, P]``, the class token after the final norm (and the projection).
         """
-        embeddings = VisionEmbeddings(
-            self.hidden_size, self.image_size, self.patch_size, self.dtype, name="embeddings"
-        )
+        embeddings = VisionEmbeddings(self.hidden_size, self.image_size, self.patch_size, self.dtype, name="embeddings")
         encoder = Encoder(
             self.num_hidden_layers,
             self.intermediate_size,
@@ -293,8 +289,6 @@ class CLIPVisionModel(nn.Module):
         hidden = encoder(tokens)[-1].astype(jnp.float32)
         pooled = norm(name="post_layernorm")(hidden[:, 0])
         if self.projection_dim is not None:
-            projection = nn.Dense(
-                self.projection_dim, use_bias=False, dtype=self.dtype, name="visual_projection"
-            )
+            projection = nn.Dense(self.projection_dim, use_bias=False, dtype=self.dtype, name="visual_projection")
             pooled = projection(pooled).astype(jnp.float32)
         return hidden, pooled

@@ -112,9 +112,7 @@ class TextEncoder:
         """Text states of captions; what is too long is cut as ``tokenize`` says."""
         return self.encode_ids(*self.tokenize(texts, long_prompt))
 
-    def tokenize(
-        self, texts: Sequence[str], long_prompt: LongPrompt = "truncate"
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def tokenize(self, texts: Sequence[str], long_prompt: LongPrompt = "truncate") -> tuple[np.ndarray, np.ndarray]:
         """Token ids int32 ``[B, S]`` and mask bool ``[B, S]`` of captions.
 
         Raises:

@@ -105,9 +105,7 @@ def vae_network(config: Config, *, dtype: DTypeLike) -> AutoencoderKL:
     if config.get("act_fn", "silu") not in ("silu", "swish"):
         raise ValueError(f"act_fn {config['act_fn']!r} of the VAE is not known; known: silu")
     if unknown := blocks - {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
-        raise ValueError(
-            f"VAE blocks {sorted(unknown)} are not known; known: DownEncoderBlock2D, UpDecoderBlock2D"
-        )
+        raise ValueError(f"VAE blocks {sorted(unknown)} are not known; known: DownEncoderBlock2D, UpDecoderBlock2D")
     fields = _with_defaults(config, VAE_DEFAULTS)
     fields["block_out_channels"] = tuple(fields["block_out_channels"])
     groups = fields["norm_num_groups"]

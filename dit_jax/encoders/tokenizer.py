@@ -41,9 +41,7 @@ class Tokenizer:
         self.length = length
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
 
-    def __call__(
-        self, texts: Sequence[str], long_prompt: LongPrompt = "truncate"
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, texts: Sequence[str], long_prompt: LongPrompt = "truncate") -> tuple[np.ndarray, np.ndarray]:
         """Token ids and mask of captions.
 
         Args:
@@ -82,9 +80,7 @@ class Tokenizer:
         """Per caption its tokens, without BOS and EOS, and where in the text each begins and ends."""
         if not texts:
             return []
-        found = self._tokenizer(
-            list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
+        found = self._tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
 
     def _long_message(self, cut: list[tuple[int, str]], total: int) -> str:

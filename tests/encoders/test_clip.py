@@ -139,9 +139,7 @@ def test_the_torch_class_agrees_at_full_size(tmp_path: Path):
         networks.read_config(tmp_path), project=False, skip_layers=0, final_norm=True, dtype=jnp.float32
     )
     shapes = jax.eval_shape(network.init, jax.random.key(0), ids, mask)["params"]
-    params = weights.to_linen(
-        weights.read_tensors(weights.weight_files(tmp_path)), shapes, weights.TEXT_PREFIX
-    )
+    params = weights.to_linen(weights.read_tensors(weights.weight_files(tmp_path)), shapes, weights.TEXT_PREFIX)
     states = jax.jit(network.apply)({"params": params}, ids, mask)
     assert relative_error(states.hidden[mask], expected.last_hidden_state.numpy()[mask]) < 1e-4
     assert relative_error(states.pooled, expected.pooler_output.numpy()) < 1e-4

@@ -127,7 +127,5 @@ def test_arrays_that_do_not_fit_are_refused(vae: frozen.VAE, text: frozen.TextEn
         vae.encode(np.zeros((8, 12, 3), np.float32))
     with pytest.raises(ValueError, match=r"latents of shape \[B, height, width, 16\], got \(1, 4, 4, 4\)"):
         vae.decode(np.zeros((1, 4, 4, 4), np.float32))
-    with pytest.raises(
-        ValueError, match=f"ids and mask .B, {golden.TEXT_LENGTH}. .* got .1, 77. and .1, 77."
-    ):
+    with pytest.raises(ValueError, match=f"ids and mask .B, {golden.TEXT_LENGTH}. .* got .1, 77. and .1, 77."):
         text.encode_ids(np.zeros((1, 77), np.int32), np.ones((1, 77), bool))

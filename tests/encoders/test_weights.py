@@ -33,9 +33,7 @@ def rewrite(folder: Path, change) -> None:
     save_file(tensors, path)
 
 
-@pytest.mark.parametrize(
-    "case, prefix", [("vae_sd3", weights.VAE_PREFIX), ("text_sdxl2", weights.TEXT_PREFIX)]
-)
+@pytest.mark.parametrize("case, prefix", [("vae_sd3", weights.VAE_PREFIX), ("text_sdxl2", weights.TEXT_PREFIX)])
 def test_to_published_inverts_to_linen(case: str, prefix: str):
     load = load_vae if prefix == weights.VAE_PREFIX else load_text_encoder
     params = load(GOLDEN / case).params
@@ -152,9 +150,7 @@ def test_two_sets_of_weights_are_refused(vae_folder: Path):
 def test_pickles_are_refused_with_the_way_to_convert(vae_folder: Path, suffix: str):
     (path,) = vae_folder.glob("*.safetensors")
     path.rename(vae_folder / f"diffusion_pytorch_model{suffix}")
-    with pytest.raises(
-        ValueError, match="only pickled weights .* convert them .*save_file.*weights_only=True"
-    ):
+    with pytest.raises(ValueError, match="only pickled weights .* convert them .*save_file.*weights_only=True"):
         load_vae(vae_folder)
 
 
