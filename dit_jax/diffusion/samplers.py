@@ -184,7 +184,7 @@ def _refuse_blind_start(process: Process, grid: np.ndarray) -> None:
         alpha = float(process.schedule.alpha(jnp.float32(grid[0])))
     if process.prediction == "epsilon" and alpha < MIN_ALPHA:
         raise ValueError(
-            f"a model that predicts epsilon cannot start where alpha is {alpha:.1e} (schedule "
-            f"{process.schedule.name!r} at t = {float(grid[0]):g}), only where it is {MIN_ALPHA:g} or more, since "
-            "x0 is found by dividing by it; train with prediction v or flow, or start the grid at a smaller t"
+            f"a model that predicts epsilon cannot start at t = {float(grid[0]):g} of schedule "
+            f"{process.schedule.name!r}: alpha is {alpha:.1e} there, and x0, found by dividing by it, needs "
+            f"{MIN_ALPHA:g} or more; train with prediction v or flow, or start the grid at a smaller t"
         )

@@ -88,7 +88,7 @@ class VariancePreserving(Schedule):
 
     Attributes:
       name: what the schedule is called in a config.
-      ratio: r at t = 0, 1 / T, ..., 1: float32 ``[T + 1]``, rising from 0.
+      ratio: r at t = 0, 1 / T, ..., 1: float64 ``[T + 1]``, rising from 0.
     """
 
     name: str
@@ -97,11 +97,11 @@ class VariancePreserving(Schedule):
 
     def _ratio_and_slope(self, t: Array) -> tuple[Array, Array]:
         """r and dr / dt at t; at a point of the table the slope to its right, at t = 1 to its left."""
-        table = jnp.asarray(self.ratio)
         position = t * T
         below = jnp.clip(jnp.floor(position), 0, T - 1).astype(jnp.int32)
-        rise = table[below + 1] - table[below]
-        return table[below] + (position - below) * rise, T * rise
+        start = jnp.asarray(self.ratio, jnp.float32)[below]
+        rise = jnp.asarray(np.diff(self.ratio), jnp.float32)[below]
+        return start + (position - below) * rise, T * rise
 
     def alpha(self, t: Array) -> Array:
         r, _ = self._ratio_and_slope(t)
@@ -152,7 +152,7 @@ def from_betas(name: str, betas: np.ndarray) -> VariancePreserving:
     """The variance preserving schedule of T noise increments, eqs. 3 and 4."""
     alpha_bar = np.cumprod(1 - betas)
     ratio = np.sqrt((1 - alpha_bar) / alpha_bar)
-    return VariancePreserving(name, np.concatenate([[0.0], ratio]).astype(np.float32))
+    return VariancePreserving(name, np.concatenate([[0.0], ratio]))
 
 
 def linear() -> VariancePreserving:

@@ -1,0 +1,161 @@
+"""Records what diffusers' schedulers do with a given network: ``python -m tools.make_golden_diffusion``.
+
+Each case is a scheduler, run for ten steps on a small formula in place of a network, from recorded noise. The
+states along the way go into ``tests/diffusion/golden/trajectories.npz``, so that the samplers are held to them
+where diffusers is not installed. The tests import this file for the cases, and run it live where it is.
+
+States are stored on the scale of x_t = alpha x0 + sigma epsilon; diffusers' Euler and Heun on variance
+preserving schedules hold x / alpha instead.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "diffusion" / "golden" / "trajectories.npz"
+STEPS = 10
+SHAPE = (2, 3, 3, 2)  # B h w C
+T = 1000
+
+BETAS = {
+    "linear": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+    "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+}
+PREDICTION_TYPE = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scheduler of diffusers and the sampler that must do the same.
+
+    Attributes:
+      scheduler: its class.
+      sampler, schedule, prediction, shift, eta: ours.
+      spacing: how a variance preserving scheduler spaces its steps; leading starts late, linspace ends early.
+    """
+
+    scheduler: str
+    sampler: str
+    schedule: str
+    prediction: str
+    spacing: str = ""
+    shift: float = 1.0
+    eta: float = 0.0
+
+    @property
+    def name(self) -> str:
+        grid = self.spacing or f"shift{self.shift:g}"
+        return f"{self.sampler}-{self.schedule}-{self.prediction}-eta{self.eta:g}-{grid}"
+
+
+CASES = [
+    Case("DDPMScheduler", "ddpm", "linear", "epsilon", spacing="leading"),
+    Case("DDPMScheduler", "ddpm", "scaled_linear", "v", spacing="trailing"),
+    Case("DDPMScheduler", "ddpm", "cosine", "x0", spacing="trailing"),
+    Case("DDIMScheduler", "ddim", "scaled_linear", "epsilon", spacing="leading"),
+    Case("DDIMScheduler", "ddim", "cosine", "v", spacing="trailing"),
+    Case("DDIMScheduler", "ddim", "linear", "x0", eta=0.5, spacing="trailing"),
+    Case("DDIMScheduler", "ddim", "linear", "epsilon", eta=1.0, spacing="leading"),
+    Case("DDIMScheduler", "ddim", "cosine", "v", eta=1.0, spacing="trailing"),
+    Case("EulerDiscreteScheduler", "euler", "scaled_linear", "epsilon", spacing="linspace"),
+    Case("EulerDiscreteScheduler", "euler", "linear", "v", spacing="trailing"),
+    Case("EulerDiscreteScheduler", "euler", "cosine", "v", spacing="leading"),
+    Case("HeunDiscreteScheduler", "heun", "scaled_linear", "epsilon", spacing="linspace"),
+    Case("HeunDiscreteScheduler", "heun", "linear", "x0", spacing="trailing"),
+    # Not x0 here: it divides by sigma at the first point, which diffusers has 2.6e-4 off (float32 alpha_bar).
+    Case("HeunDiscreteScheduler", "heun", "cosine", "v", spacing="leading"),
+    Case("FlowMatchEulerDiscreteScheduler", "euler", "rectified_flow", "flow"),
+    Case("FlowMatchEulerDiscreteScheduler", "euler", "rectified_flow", "flow", shift=3.0),
+    Case("FlowMatchHeunDiscreteScheduler", "heun", "rectified_flow", "flow"),
+    Case("FlowMatchHeunDiscreteScheduler", "heun", "rectified_flow", "flow", shift=3.0),
+]
+
+
+def network(x: Any, t: Any, xp: ModuleType) -> Any:
+    """The formula in place of a network: x ``[B, h, w, C]``, t ``[B]``, xp is numpy or jax.numpy."""
+    slope = xp.asarray([1.5, -0.7], x.dtype).reshape(1, 1, 1, -1)
+    return 0.9 * xp.tanh(x * slope + xp.cos(3.0 * t).reshape(-1, 1, 1, 1))
+
+
+def start_and_noise() -> tuple[np.ndarray, np.ndarray]:
+    """x at the start, ``SHAPE``, and the fresh noise of every step, ``[STEPS, *SHAPE]``."""
+    draws = np.random.default_rng(0).standard_normal((STEPS + 1, *SHAPE)).astype(np.float32)
+    return draws[0], draws[1:]
+
+
+def make_scheduler(case: Case) -> Any:
+    """The scheduler of a case, its timesteps set."""
+    import diffusers
+
+    options: dict[str, Any]
+    if case.schedule == "rectified_flow":
+        options = {"shift": case.shift}
+    else:
+        options = {"prediction_type": PREDICTION_TYPE[case.prediction], "timestep_spacing": case.spacing}
+        options |= BETAS[case.schedule]
+        if case.sampler in ("ddpm", "ddim"):
+            options["clip_sample"] = False
+    scheduler = getattr(diffusers, case.scheduler)(num_train_timesteps=T, **options)
+    scheduler.set_timesteps(STEPS)
+    return scheduler
+
+
+def trajectory(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Runs diffusers.
+
+    Returns:
+      The grid of times ``[STEPS + 1]`` and the states on it ``[STEPS + 1, *SHAPE]``.
+    """
+    import torch
+    from diffusers.schedulers import scheduling_ddpm
+
+    scheduler = make_scheduler(case)
+    x_start, noise = start_and_noise()
+    flow = case.schedule == "rectified_flow"
+    scaled = case.sampler in ("euler", "heun") and not flow  # holds x / alpha; its sigmas are sigma / alpha
+
+    def scale() -> float:  # 1 / alpha, now
+        return float((1 + scheduler.sigmas[scheduler.step_index or 0] ** 2) ** 0.5) if scaled else 1.0
+
+    grid, states = [], [x_start]
+    x = torch.from_numpy(x_start) * scale()
+    for timestep in scheduler.timesteps:
+        t = float(timestep) / T if flow else (float(timestep) + 1) / T
+        if getattr(scheduler, "dt", None) is None:  # a step begins; Heun's second evaluation is none
+            grid.append(t)
+        x_in = scheduler.scale_model_input(x, timestep) if scaled else x
+        prediction = torch.from_numpy(network(x_in.numpy(), np.full(SHAPE[0], t, np.float32), np))
+        z = torch.from_numpy(noise[len(states) - 1])
+        options = {"eta": case.eta, "variance_noise": z if case.eta else None} if case.sampler == "ddim" else {}
+        with mock.patch.object(scheduling_ddpm, "randn_tensor", lambda *args, z=z, **kwargs: z):
+            x = scheduler.step(prediction, timestep, x, **options).prev_sample
+        if getattr(scheduler, "dt", None) is None or len(grid) == STEPS:  # it ends; the last is Euler's
+            states.append(x.numpy() / scale())
+    return np.asarray([*grid, 0.0], np.float32), np.stack(states).astype(np.float32)
+
+
+def alpha_bars(schedule: str) -> np.ndarray:
+    """diffusers' table of alpha^2 of a variance preserving schedule, ``[T]``."""
+    import diffusers
+
+    return diffusers.DDPMScheduler(num_train_timesteps=T, **BETAS[schedule]).alphas_cumprod.numpy()
+
+
+def main() -> None:
+    x_start, noise = start_and_noise()
+    arrays = {"x_start": x_start, "noise": noise}
+    arrays |= {f"{schedule}/alpha_bars": alpha_bars(schedule)[::37] for schedule in BETAS}
+    for case in CASES:
+        arrays[f"{case.name}/grid"], arrays[f"{case.name}/states"] = trajectory(case)
+    GOLDEN.parent.mkdir(exist_ok=True)
+    np.savez_compressed(GOLDEN, **arrays)
+    print(f"{len(CASES)} trajectories in {GOLDEN}, {GOLDEN.stat().st_size / 1024:.0f} KiB")
+
+
+if __name__ == "__main__":
+    main()
