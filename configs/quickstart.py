@@ -12,7 +12,7 @@ from configs import default
 def get_config() -> ConfigDict:
     c = default.get_config()
     c.total_steps = 5_000
-    c.batch_size = 64
+    c.batch_size = 32
     c.learning_rate = 1e-3
     c.warmup_steps = 200
     c.adam_b2 = 0.99

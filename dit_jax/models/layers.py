@@ -17,10 +17,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dit_jax.arrays import Array
+from dit_jax.models.embeddings import XAVIER, Dense
 
 KeysValues = tuple[Array, Array]  # of text tokens, each [B, H, S, K]
-
-XAVIER = nn.initializers.xavier_uniform()
 
 
 def layer_norm(x: Array, dtype: jnp.dtype) -> Array:
@@ -67,10 +66,10 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         width = self.num_heads * self.head_dim
-        qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=XAVIER, name="qkv")(x)
+        qkv = Dense(3 * width, dtype=self.dtype, kernel_init=XAVIER, name="qkv")(x)
         q, k, v = split_heads(qkv, 3, self.num_heads)
         out = join_heads(attend(q, k, v, mask=None))
-        return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=XAVIER, name="out")(out)
+        return Dense(x.shape[-1], dtype=self.dtype, kernel_init=XAVIER, name="out")(out)
 
 
 class CrossAttention(nn.Module):
@@ -83,9 +82,9 @@ class CrossAttention(nn.Module):
 
     def setup(self) -> None:
         width = self.num_heads * self.head_dim
-        self.q = nn.Dense(width, dtype=self.dtype, kernel_init=XAVIER)
-        self.kv = nn.Dense(2 * width, dtype=self.dtype, kernel_init=XAVIER)
-        self.out = nn.Dense(self.hidden_size, dtype=self.dtype, kernel_init=XAVIER)
+        self.q = Dense(width, dtype=self.dtype, kernel_init=XAVIER)
+        self.kv = Dense(2 * width, dtype=self.dtype, kernel_init=XAVIER)
+        self.out = Dense(self.hidden_size, dtype=self.dtype, kernel_init=XAVIER)
 
     def keys_values(self, tokens: Array) -> KeysValues:
         """Keys and values of text tokens ``[B, S, D]``."""
@@ -108,9 +107,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         D = x.shape[-1]
-        x = nn.Dense(int(D * self.mlp_ratio), dtype=self.dtype, kernel_init=XAVIER, name="fc_in")(x)
+        x = Dense(int(D * self.mlp_ratio), dtype=self.dtype, kernel_init=XAVIER, name="fc_in")(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(x))
-        return nn.Dense(D, dtype=self.dtype, kernel_init=XAVIER, name="fc_out")(x)
+        return Dense(D, dtype=self.dtype, kernel_init=XAVIER, name="fc_out")(x)
 
 
 class Modulation(nn.Module):
@@ -122,7 +121,7 @@ class Modulation(nn.Module):
     @nn.compact
     def __call__(self, c: Array) -> list[Array]:
         zeros = nn.initializers.zeros_init()
-        x = nn.Dense(self.parts * c.shape[-1], dtype=self.dtype, kernel_init=zeros, name="proj")(nn.silu(c))
+        x = Dense(self.parts * c.shape[-1], dtype=self.dtype, kernel_init=zeros, name="proj")(nn.silu(c))
         return jnp.split(x, self.parts, axis=-1)
 
 
@@ -183,5 +182,5 @@ class FinalLayer(nn.Module):
         shift, scale = Modulation(2, self.dtype, name="adaln")(c)
         size = self.patch_size**2 * self.out_channels
         zeros = nn.initializers.zeros_init()
-        x = nn.Dense(size, dtype=self.dtype, kernel_init=zeros, name="linear")(modulate(x, shift, scale))
+        x = Dense(size, dtype=self.dtype, kernel_init=zeros, name="linear")(modulate(x, shift, scale))
         return x.astype(jnp.float32)
