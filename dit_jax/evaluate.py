@@ -1,20 +1,25 @@
 """Scores a trained model.
 
     python -m dit_jax.evaluate --model=runs/quickstart --metric=shapes [--full]
+    python -m dit_jax.evaluate --model=runs/emoji --metric=nearest
 
 ``shapes``: one picture for each of the first 200 (``--full``: 1,000) prompts of every class of the shapes world, from
 seeds that training cannot have, without any selection. A program without a network reads each picture back; it is
 right when the number of objects, every colour, shape and size, and the relation are those of the prompt.
 
-Writes ``evaluation/shapes.json`` and ``evaluation/grid.png`` into the run and prints, last, the share that is right.
+``nearest``: one picture for each of 100 captions, evenly spaced over the training records; the share whose nearest
+training picture (`dit_jax.metrics.nearest`) has that caption. It measures what a model has learnt by heart.
+
+Both write ``evaluation/METRIC.json`` and a grid of the first pictures into the run, and print the score last.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -23,17 +28,21 @@ from dit_jax.errors import ConfigError
 from dit_jax.runtime import add_flags, run_program, set_up
 from dit_jax.sample import Pipeline, make_grid, save_png
 
-QUICK, FULL = 200, 1000  # prompts of each class
-SHOWN = 16  # pictures of each class in the grid: the first ones
-METRICS = ("shapes",)
+QUICK, FULL = 200, 1000  # prompts of each class of the shapes world
+SHOWN_SHAPES = 16  # pictures of each class in the grid: the first ones
+CAPTIONS = 100  # training captions of ``nearest``
+SHOWN_NEAREST = 64
+COLUMNS = 8
+
+Scores = dict[str, Any]
 
 
-def score_shapes(pipeline: Pipeline, count: int) -> tuple[dict[str, dict[str, float]], Image.Image]:
-    """Draw and check the first ``count`` prompts of every class.
+def score_shapes(pipeline: Pipeline, full: bool) -> tuple[Scores, Image.Image, str]:
+    """Draw and check the first prompts of every class of the shapes world.
 
     Returns:
       For every class the number of prompts and the share for which each part of the verdict, and all of it
-      (``right``), holds; and a grid of the first pictures of each class, one class after the other.
+      (``right``), holds; a grid of the first pictures of each class, one class after the other; the score in a line.
 
     Raises:
       ConfigError: the model draws pictures of another size than the checker reads.
@@ -41,11 +50,11 @@ def score_shapes(pipeline: Pipeline, count: int) -> tuple[dict[str, dict[str, fl
     from dit_jax.data.shapes_world import EVALUATION_CLASSES, IMAGE_SIZE, evaluation_scenes
     from dit_jax.metrics.shapes_checker import check
 
-    if pipeline.config.data.image_size != IMAGE_SIZE:
-        raise ConfigError(
-            f"the model draws {pipeline.config.data.image_size} px; the shapes checker reads {IMAGE_SIZE} px"
-        )
-    scores, shown = {}, []
+    size, count = pipeline.config.data.image_size, FULL if full else QUICK
+    if size != IMAGE_SIZE:
+        raise ConfigError(f"the model draws {size} px; the shapes checker reads {IMAGE_SIZE} px")
+    scores: Scores = {}
+    shown = []
     for name in EVALUATION_CLASSES:
         begin = time.monotonic()
         scenes = evaluation_scenes(name, count)
@@ -53,10 +62,52 @@ def score_shapes(pipeline: Pipeline, count: int) -> tuple[dict[str, dict[str, fl
         verdicts = [check(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
         parts = {part: float(np.mean([getattr(v, part) for v in verdicts])) for part in (*verdicts[0]._fields, "right")}
         scores[name] = {"prompts": count, **parts}
-        shown += [Image.fromarray(picture) for picture in pictures[:SHOWN]]
-        line = " ".join(f"{part}={share:.3f}" for part, share in parts.items())
-        print(f"{name}: {count} prompts in {time.monotonic() - begin:.0f} s: {line}", file=sys.stderr, flush=True)
-    return scores, make_grid(shown, columns=8)
+        shown += [Image.fromarray(picture) for picture in pictures[:SHOWN_SHAPES]]
+        shares = " ".join(f"{part}={share:.3f}" for part, share in parts.items())
+        print(f"{name}: {count} prompts in {time.monotonic() - begin:.0f} s: {shares}", flush=True)
+    line = "shapes: " + " ".join(f"{name}={parts['right']:.2f}" for name, parts in scores.items())
+    return scores, make_grid(shown, COLUMNS), line
+
+
+def score_nearest(pipeline: Pipeline, full: bool) -> tuple[Scores, Image.Image, str]:
+    """Draw captions of the training set and look for the nearest training picture of each.
+
+    Returns:
+      The number of captions and the share of hits; a grid of the first pictures; the score in a line.
+
+    Raises:
+      ConfigError: ``full`` is set, which this metric does not have.
+      DataError: the training pictures are not where they were.
+    """
+    from dit_jax import build
+    from dit_jax.data.sources import BadRecord
+    from dit_jax.data.transforms import cut
+    from dit_jax.metrics.nearest import hits, small_pixels
+
+    if full:
+        raise ConfigError("--full is for --metric=shapes")
+    source = build.make_source(pipeline.config, "train")
+    pixels, captions = [], []
+    for i in range(len(source)):
+        try:
+            record = source[i]
+        except BadRecord:
+            continue
+        pixels.append(small_pixels(cut(record.image, pipeline.config.data.image_size, 0.5, 0.5)))
+        captions.append(record.caption)
+    chosen = np.linspace(0, len(captions) - 1, min(CAPTIONS, len(captions))).astype(int)
+    prompts = [captions[i] for i in chosen]
+    pictures = pipeline.draw(prompts, range(len(prompts)))
+    share = float(hits(list(pictures), prompts, np.stack(pixels), captions).mean())
+    print(f"{len(prompts)} captions of {len(captions)} training records", flush=True)
+    grid = make_grid([Image.fromarray(picture) for picture in pictures[:SHOWN_NEAREST]], COLUMNS)
+    return {"prompts": len(prompts), "hits": share}, grid, f"nearest: hits={share:.2f}"
+
+
+METRICS: dict[str, Callable[[Pipeline, bool], tuple[Scores, Image.Image, str]]] = {
+    "shapes": score_shapes,
+    "nearest": score_nearest,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -64,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m dit_jax.evaluate", description="Score a trained model.")
     parser.add_argument("--model", "--workdir", type=Path, required=True, help="folder of a run")
     parser.add_argument("--metric", choices=METRICS, default="shapes")
-    parser.add_argument("--full", action="store_true", help=f"{FULL} prompts of each class instead of {QUICK}")
+    parser.add_argument("--full", action="store_true", help=f"shapes: {FULL} prompts of each class, not {QUICK}")
     parser.add_argument("--ema", choices=("ema", "raw"), default="ema", help="averaged or last parameters")
     parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
     add_flags(parser)
@@ -75,19 +126,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     set_up(args.allow_cpu, args.verbose)
     pipeline = Pipeline.load(args.model, args.ema, args.step)
-    scores, grid = score_shapes(pipeline, FULL if args.full else QUICK)
-    folder = args.model / "evaluation"
-    folder.mkdir(exist_ok=True)
     settings = pipeline.config.sample.to_dict() | {"step": pipeline.step, "parameters": args.ema}
     settings.pop("prompts")
-    (folder / "shapes.json").write_text(json.dumps({"settings": settings, "scores": scores}, indent=2) + "\n")
-    save_png(grid, folder / "grid.png", {"step": str(pipeline.step)})
-    print(f"settings: {' '.join(f'{key}={value}' for key, value in settings.items())}")
-    for name, parts in scores.items():
-        right = round(parts["right"] * parts["prompts"])
-        print(f"{name}: {right} of {parts['prompts']} right")
-    print(f"the first {SHOWN} pictures of each: {folder / 'grid.png'}")
-    print("shapes: " + " ".join(f"{name}={parts['right']:.2f}" for name, parts in scores.items()))
+    print("settings: " + " ".join(f"{key}={value}" for key, value in settings.items()), flush=True)
+    scores, grid, line = METRICS[args.metric](pipeline, args.full)
+    folder = args.model / "evaluation"
+    folder.mkdir(exist_ok=True)
+    written = json.dumps({"settings": settings, "scores": scores}, indent=2)
+    (folder / f"{args.metric}.json").write_text(written + "\n")
+    save_png(grid, folder / f"{args.metric}.png", {"step": str(pipeline.step)})
+    print(f"pictures, unpicked: {folder / f'{args.metric}.png'}")
+    print(line)
 
 
 if __name__ == "__main__":

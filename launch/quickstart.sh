@@ -97,5 +97,5 @@ program sample --model="$workdir" --prompts_file=launch/quickstart_prompts.txt -
   --output="$workdir/pictures"
 score=$(program evaluate --model="$workdir" --metric=shapes)
 echo "pictures: $workdir/pictures/grid.png (two of each prompt in launch/quickstart_prompts.txt)"
-echo "          $workdir/evaluation/grid.png (the first prompts of each score)"
+echo "          $workdir/evaluation/shapes.png (the first prompts of each score)"
 printf '%s\n' "$score"

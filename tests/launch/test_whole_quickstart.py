@@ -13,7 +13,7 @@ def test_it_trains_draws_and_scores(short_run):
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 4]
     assert len(list((workdir / "pictures").glob("0*.png"))) == 16
-    for grid in ["pictures/grid.png", "evaluation/grid.png"]:
+    for grid in ["pictures/grid.png", "evaluation/shapes.png"]:
         assert f"{workdir}/{grid}" in done.stdout and (workdir / grid).is_file()
 
 

@@ -1,0 +1,93 @@
+"""The scores: what is counted, what is printed, and that a perfect painter gets all of it."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from dit_jax import evaluate
+from dit_jax.data.shapes_world import EVALUATION_CLASSES, evaluation_scenes, render
+from dit_jax.errors import ConfigError
+from tests.tiny_run import tiny_config
+
+COUNT = 20
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    monkeypatch.setattr(evaluate, "QUICK", COUNT)
+    monkeypatch.setattr(evaluate, "CAPTIONS", COUNT)
+
+
+class Painter:
+    """Stands in for a pipeline: paints what each prompt says, from a table."""
+
+    step = 7
+
+    def __init__(self, pictures: dict[str, np.ndarray], config: ConfigDict):
+        self.config, self._pictures = config, pictures
+
+    def draw(self, prompts, seeds):
+        assert list(seeds) == list(range(len(prompts)))
+        return np.stack([self._pictures[prompt] for prompt in prompts])
+
+
+def shapes_painter(*fails: str) -> Painter:
+    white = np.full((64, 64, 3), 255, np.uint8)
+    scenes = [(name, scene) for name in EVALUATION_CLASSES for scene in evaluation_scenes(name, COUNT)]
+    return Painter({s.caption: white if name in fails else render(s) for name, s in scenes}, tiny_config())
+
+
+def test_a_perfect_painter_scores_one_and_an_empty_canvas_zero():
+    scores, grid, line = evaluate.score_shapes(shapes_painter(), full=False)
+    assert {name: parts["right"] for name, parts in scores.items()} == dict.fromkeys(EVALUATION_CLASSES, 1.0)
+    assert line == "shapes: one_object=1.00 two_objects=1.00 new_combinations=1.00"
+    assert grid.size == (8 * 64, 6 * 64)
+    scores, _, line = evaluate.score_shapes(shapes_painter("two_objects"), full=False)
+    assert scores["one_object"]["right"] == 1.0 and scores["one_object"]["prompts"] == COUNT
+    assert scores["two_objects"]["right"] == scores["two_objects"]["object"] == 0.0
+    assert line == "shapes: one_object=1.00 two_objects=0.00 new_combinations=1.00"
+
+
+def test_a_model_of_another_size_is_refused():
+    painter = shapes_painter()
+    painter.config.data.image_size = 128
+    with pytest.raises(ConfigError, match="draws 128 px; the shapes checker reads 64 px"):
+        evaluate.score_shapes(painter, full=False)
+
+
+def test_nearest_counts_pictures_that_look_like_their_captions_own():
+    from dit_jax.build import make_source
+
+    source = make_source(tiny_config(), "train")
+    records = [source[i] for i in range(len(source))]
+    rng = np.random.default_rng(0)
+    noisy = {r.caption: np.clip(r.image + rng.normal(0, 5, r.image.shape), 0, 255).astype(np.uint8) for r in records}
+    scores, grid, line = evaluate.score_nearest(Painter(noisy, tiny_config()), full=False)
+    assert scores == {"prompts": COUNT, "hits": 1.0} and line == "nearest: hits=1.00"
+    assert grid.size == (8 * 64, 3 * 64)
+    shuffled = dict(zip(noisy, [*list(noisy.values())[1:], next(iter(noisy.values()))], strict=True))
+    scores, _, _ = evaluate.score_nearest(Painter(shuffled, tiny_config()), full=False)
+    assert scores["hits"] < 0.2
+    with pytest.raises(ConfigError, match="--full is for --metric=shapes"):
+        evaluate.score_nearest(Painter(noisy, tiny_config()), full=True)
+
+
+def test_the_program_writes_the_scores_and_ends_with_their_line(tmp_path, monkeypatch, capsys):
+    painter = shapes_painter("new_combinations")
+    monkeypatch.setattr(evaluate, "Pipeline", SimpleNamespace(load=lambda *args: painter))
+    evaluate.main([f"--model={tmp_path}", "--metric=shapes"])
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1] == "shapes: one_object=1.00 two_objects=1.00 new_combinations=0.00"
+    assert any(line.startswith(f"one_object: {COUNT} prompts") for line in out)
+    written = json.loads((tmp_path / "evaluation" / "shapes.json").read_text())
+    assert written["settings"]["step"] == 7 and written["scores"]["new_combinations"]["right"] == 0.0
+    assert (tmp_path / "evaluation" / "shapes.png").is_file()
+
+
+def test_a_folder_without_a_run_is_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main([f"--model={tmp_path}"])
+    assert exit.value.code == 5 and "no run in" in capsys.readouterr().err
