@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +70,7 @@ def set_up(allow_cpu: bool, verbose: bool) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         for name in ("absl", "jax", "orbax", "grain"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.showwarning = _show_warning
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -86,6 +88,12 @@ def set_up(allow_cpu: bool, verbose: bool) -> None:
                 f"there is an NVIDIA device (driver {driver}), but JAX runs on CPU: pip install '.[{extra}]',"
                 " or pass --allow_cpu"
             )
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, *_: object) -> None:
+    """Our own warnings in one line each; those of libraries not at all."""
+    if Path(filename).is_relative_to(Path(__file__).parent):
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def _nvidia_driver() -> str | None:

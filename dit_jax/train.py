@@ -10,6 +10,7 @@ import itertools
 import platform
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -67,7 +68,7 @@ def run(config: ConfigDict, workdir: Path) -> TrainState | None:
     mesh = make_mesh(jax.devices())
     vae, text_encoder = build.make_vae(config), build.make_text_encoder(config)
     source = build.make_source(config, "train")
-    warnings = build.resolve(config, len(source), vae, text_encoder, mesh.size)
+    notes = build.resolve(config, len(source), vae, text_encoder, mesh.size)
     dtype = build.compute_dtype(config.dtype, jax.default_backend())
     model, process = build.make_model(config, dtype), build.make_process(config)
     optimizer, learning_rate = build.make_optimizer(config)
@@ -80,8 +81,8 @@ def run(config: ConfigDict, workdir: Path) -> TrainState | None:
     if start >= stop:
         say(f"nothing to do: step {start} of {stop} is done")
         return None
-    for warning in warnings:
-        say(f"warning: {warning}")
+    for note in notes:
+        say(f"warning: {note}")
 
     # ---- data
     encoded_batches = prepare_data(config, workdir, source, vae, text_encoder)
@@ -182,17 +183,21 @@ def prepare_data(config: ConfigDict, workdir: Path, source: Source, vae: VAE, te
     flip = build.choose_flip(config, source)
     with build.config_errors("data"):
         bad_records = BadRecords(workdir / "bad_records.jsonl", data.max_bad_fraction, len(source))
+
+    def tokenize(captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the start check speaks of long captions once; this would at every batch
+            return text_encoder.tokenize(captions)
+
     samples = Samples(source, config.seed, data.image_size, random_crop=data.crop == "random", flip=flip)
 
     def raw_batches(batch_size: int, start: int, stop: int) -> Iterator[RawBatch]:
-        return batches(samples, text_encoder.tokenize, bad_records, batch_size, start, stop, THREADS, data.workers)
+        return batches(samples, tokenize, bad_records, batch_size, start, stop, THREADS, data.workers)
 
     first = next(raw_batches(min(32, len(source)), 0, 1))
     if data.encode == "once":
         begin = time.monotonic()
-        chunks = scan(
-            source, text_encoder.tokenize, bad_records, CHUNK, config.seed, data.image_size, THREADS, data.workers
-        )
+        chunks = scan(source, tokenize, bad_records, CHUNK, config.seed, data.image_size, THREADS, data.workers)
         encoded = encode.encode_once(chunks, vae, text_encoder, flip, config.seed)
         mirrored = " and their mirror images" if flip else ""
         say(f"encoded {len(source):,} pictures{mirrored} in {time.monotonic() - begin:.0f} s")

@@ -83,6 +83,7 @@ def test_the_program_writes_pictures_and_a_grid(tiny_run, tmp_path, capsys):
         assert grid.size == (2 * 64, 3 * 64)
 
 
+@pytest.mark.filterwarnings("default:.*longer than:UserWarning")
 def test_a_prompt_of_200_words_draws_with_a_warning_or_is_an_error(tiny_run, tmp_path, capsys):
     flags = [f"--model={tiny_run}", f"--prompt={'very ' * 199}red", f"--output={tmp_path}"]
     sample.main(flags)

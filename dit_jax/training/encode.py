@@ -135,7 +135,7 @@ class StartCheck:
                 f"latents have mean {self.latent_mean:.2f} and std {self.latent_std:.2f}, not about 0 and 1:"
                 " wrong scaling_factor? latents.normalize=measured finds scale and shift from the data"
             )
-        if self.full > 0.1:
+        if self.full > 0.02:
             found.append(f"{self.full:.0%} of the captions fill every token of the text encoder; they may be cut")
         return found
 
