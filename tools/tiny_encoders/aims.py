@@ -121,7 +121,7 @@ def latent_deviation(vae: VAE, images: np.ndarray) -> list[float]:
     return [round(float(value), 3) for value in sampled.std(axis=(0, 1, 2)) * vae.config["scaling_factor"]]
 
 
-def measure(assets: Path, folder: Path | None, count: int) -> dict[str, float]:
+def measure(assets: Path, folder: Path, count: int) -> dict[str, float]:
     """All figures of the encoders in `assets`, on `count` scenes of each class and the held-out real pictures."""
     vae, clip = load_vae(assets / VAE_FOLDER), load_clip(assets / CLIP_FOLDER)
     figures = {}
@@ -130,9 +130,7 @@ def measure(assets: Path, folder: Path | None, count: int) -> dict[str, float]:
         figures[f"accepted {name}"] = accepted_share(vae, scenes)
         figures[f"retrieval {name}"] = scene_retrieval(clip, scenes)
         figures[f"nearly right {name}"] = nearly_right(clip, scenes)
-    if folder is not None:
-        figures |= measure_real(vae, clip, read_folder(folder, "validation"))
-    return figures
+    return figures | measure_real(vae, clip, read_folder(folder, "validation"))
 
 
 def measure_real(vae: VAE, clip: Clip, real: Captioned) -> dict[str, float]:

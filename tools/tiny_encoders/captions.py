@@ -6,7 +6,7 @@ spelt, and the words of the shapes world and the frequent words of the folder ar
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,5 +101,5 @@ def _looks(objects: Iterable[Object]) -> list[str]:
     return [item.phrase for item in objects]
 
 
-def _choose(rng: np.random.Generator, choices):
+def _choose(rng: np.random.Generator, choices: Sequence[str]) -> str:
     return choices[int(rng.integers(len(choices)))]

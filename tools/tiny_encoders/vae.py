@@ -96,10 +96,11 @@ def train(shapes: np.ndarray, real: np.ndarray, steps: int, seed: int, output: P
 
     @jax.jit
     def update(params: Params, ema: Params, opt_state: Any, batch: Batch, step: jax.Array) -> tuple:
-        key = jax.random.fold_in(noise_key, step)
+        shapes_key, real_key = jax.random.split(jax.random.fold_in(noise_key, step))
 
         def loss(params: Params) -> jax.Array:
-            of_shapes, of_real = (reconstruction_loss(network, params, batch[k], key) for k in ("shapes", "real"))
+            of_shapes = reconstruction_loss(network, params, batch["shapes"], shapes_key)
+            of_real = reconstruction_loss(network, params, batch["real"], real_key)
             return (SHAPES_WEIGHT * of_shapes + of_real) / (SHAPES_WEIGHT + 1)
 
         value, gradients = jax.value_and_grad(loss)(params)
