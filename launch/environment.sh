@@ -71,8 +71,8 @@ install_into() {
   echo "installing into $folder (once, a minute or more)"
   if command -v uv >/dev/null; then
     uv pip install --quiet --python "$folder/bin/python" --editable ".${extras:+[$extras]}"
-  else
-    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
+  else # without compiling all of it ahead, as uv does: saves half of the time
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile --editable ".${extras:+[$extras]}"
   fi
   printf '%s\n' "$wanted" >"$stamp"
 }

@@ -86,7 +86,7 @@ def test_it_installs_trains_draws_and_scores(machine):
     assert done.stdout.endswith("\nshapes: one_object=0.50 two_objects=0.25 new_combinations=0.10\n")
     assert machine.calls() == [
         f"-m venv {machine.folder}/environment",
-        "-m pip install --quiet --disable-pip-version-check --editable .[cuda12]",
+        "-m pip install --quiet --disable-pip-version-check --no-compile --editable .[cuda12]",
         "-m dit_jax.main --config=configs/quickstart.py --workdir=some where --config.total_steps=4 -v",
         "-m dit_jax.sample --model=some where --prompts_file=launch/quickstart_prompts.txt --num_images=2"
         " --output=some where/pictures",

@@ -9,7 +9,7 @@ def test_it_installs_the_test_extra_and_hands_its_arguments_to_pytest(machine):
     assert done.returncode == 0, done.stderr
     assert machine.calls() == [
         f"-m venv {machine.folder}/environment",
-        "-m pip install --quiet --disable-pip-version-check --editable .[test]",
+        "-m pip install --quiet --disable-pip-version-check --no-compile --editable .[test]",
         "-m pytest tests/some room -k a or b",
     ]
 
