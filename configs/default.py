@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
     c.vae = "embedded"
     c.text_encoder = "embedded"
     c.latents = ConfigDict()
-    c.latents.normalize = "vae"  # vae: the VAE's own scale and shift | measured: per channel, on the training set
+    c.latents.normalize = "vae"  # vae: the VAE's own scale and shift | measured: per channel, on 2,048 records
     c.latents.shift = ()  # one number per channel, found at start; model latents = (raw - shift) * scale
     c.latents.scale = ()
 
@@ -78,7 +78,7 @@ def get_config() -> ConfigDict:
     c.model.attention_head_dim = 64
     c.model.patch_size = 2
     c.model.in_channels = 4
-    c.model.out_channels = 4  # in_channels, or twice that for learned variance
+    c.model.out_channels = 4  # in_channels, or twice that: room for a variance, which no loss trains yet
     c.model.mlp_ratio = 4.0
     c.model.dropout = 0.1
     c.model.text_mode = "pooled"  # pooled: one vector per caption | cross: attend to its tokens too
@@ -96,5 +96,5 @@ def get_config() -> ConfigDict:
     c.sample.eta = 0.0  # ddim only: 0 deterministic .. 1 as noisy as ddpm
     c.sample.steps = 50
     c.sample.guidance_scale = 4.0  # 1 is off
-    c.sample.prompts = ()  # of the grids; () takes captions of the training set
-    return c
+    c.sample.prompts = ()  # of the grids; () takes captions of the training set. As a flag: "a,b" or "['a', 'b']"
+    return c.lock()

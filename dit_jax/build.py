@@ -8,6 +8,7 @@ part of it into one object.
 import ast
 import contextlib
 import difflib
+import importlib.util
 import json
 import runpy
 import sys
@@ -25,12 +26,15 @@ from dit_jax.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     import optax
 
+    from dit_jax.data.bad_records import BadRecords
+    from dit_jax.data.loader import Samples
     from dit_jax.data.sources import Source
     from dit_jax.diffusion.process import Process
     from dit_jax.diffusion.samplers import Sampler
     from dit_jax.encoders import VAE, TextEncoder
     from dit_jax.encoders.latents import LatentScale
     from dit_jax.models.dit import DiT
+    from dit_jax.training.step import TrainStep
 
 # What a run that is resumed may change; every other key must be what it was.
 CHANGEABLE = (
@@ -41,6 +45,11 @@ CHANGEABLE = (
     "keep_latest",
     "keep_every",
     "wandb_project",
+    "model.remat",
+    # where things lie; what they hold is compared by hash
+    "vae",
+    "text_encoder",
+    "data.source",
     "data.workers",
     "sample.sampler",
     "sample.eta",
@@ -65,7 +74,7 @@ def load_config(spec: str, overrides: Mapping[str, str]) -> ConfigDict:
         presets = [str(p) for p in sorted(Path("configs").glob("*.py")) if p.stem not in ("__init__", "default")]
         there_are = f"there are {', '.join(presets)}" if presets else "give its full path"
         raise ConfigError(f"no config file {name} in {Path.cwd()}; {there_are}")
-    config = read_json(path) if path.suffix == ".json" else _run_config_file(path)
+    config = _fresh(read_json(path)) if path.suffix == ".json" else _run_config_file(path)
     pairs = [item.partition("=") for item in inline.split(",")] if colon else []
     apply_overrides(config, {key: value for key, _, value in pairs} | dict(overrides))
     return config
@@ -76,7 +85,16 @@ def _run_config_file(path: Path) -> ConfigDict:
     root = str(path.resolve().parent.parent)
     if root not in sys.path:
         sys.path.insert(0, root)
-    return runpy.run_path(str(path))["get_config"]()
+    try:
+        return runpy.run_path(str(path))["get_config"]()
+    except (KeyError, AttributeError, TypeError, ImportError, SyntaxError) as error:
+        raise ConfigError(f"{path} does not make a config: {str(error).splitlines()[0]}") from error
+
+
+def _fresh(config: ConfigDict) -> ConfigDict:
+    """A run's config without what that run measured."""
+    config.latents.shift = config.latents.scale = ()
+    return config
 
 
 def read_json(path: Path) -> ConfigDict:
@@ -139,8 +157,8 @@ def _parse(key: str, text: str, old: Any) -> Any:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
         if kind is tuple:
-            value = ast.literal_eval(text) if text[:1] in "([" else tuple(text.split(",")) if text else ()
-            return tuple(value)
+            value = ast.literal_eval(text) if text[:1] in ("(", "[") else tuple(text.split(",")) if text else ()
+            return tuple(value if isinstance(value, tuple | list) else [value])
         return kind(text.replace("_", "") if kind is int else text)
     except (ValueError, KeyError, SyntaxError, TypeError) as error:
         raise ConfigError(f"{key} takes a {kind.__name__}, not {text!r} (it is {old!r})") from error
@@ -167,20 +185,26 @@ def resolve(
     Raises:
       ConfigError: values that cannot go together, each with the key that mends it.
     """
-    warnings = []
+    notes = []
+    _check_positive(config, ("batch_size", "accumulate", "keep_latest"))
     if not config.total_steps:
         if not config.total_epochs:
             raise ConfigError("total_steps and total_epochs are both 0; set one of them")
         config.total_steps = -(-config.total_epochs * num_records // config.batch_size)
     if config.warmup_steps >= config.total_steps:
         cut = config.total_steps // 10
-        warnings.append(f"warmup_steps {config.warmup_steps} >= total_steps {config.total_steps}: cut to {cut}")
+        notes.append(f"warmup_steps {config.warmup_steps} >= total_steps {config.total_steps}: cut to {cut}")
         config.warmup_steps = cut
-    _check_positive(config, ("total_steps", "batch_size", "accumulate", "keep_latest"))
+    _check_positive(config, ("total_steps",))
     if config.batch_size % (config.accumulate * num_devices):
         raise ConfigError(
             f"batch_size {config.batch_size} is not divisible by accumulate {config.accumulate} x {num_devices} devices"
         )
+    _choose("data.encode", config.data.encode, dict.fromkeys(("once", "every_step")))
+    _choose("data.crop", config.data.crop, dict.fromkeys(("center", "random")))
+    _choose("latents.normalize", config.latents.normalize, dict.fromkeys(("vae", "measured")))
+    if config.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("wandb_project is set, but wandb is not installed: pip install 'dit_jax[wandb]'")
     if config.data.encode == "once" and config.data.crop == "random":
         raise ConfigError("data.crop=random needs data.encode=every_step: pictures that are encoded once are cut once")
     for key, value in {
@@ -195,23 +219,23 @@ def resolve(
         raise ConfigError(
             f"model.in_channels is {config.model.in_channels}, but {vae.name} has {vae.network.latent_channels}"
         )
+    if config.model.patch_size < 1:
+        raise ConfigError(f"model.patch_size is {config.model.patch_size}; it must be 1 or more")
     unit = vae.factor * config.model.patch_size
     if config.data.image_size % unit or config.data.image_size < unit:
         raise ConfigError(
             f"data.image_size is {config.data.image_size}; it must be a multiple of {unit}"
             f" ({vae.factor} of the VAE x model.patch_size {config.model.patch_size})"
         )
-    return warnings
+    return notes
 
 
 def take_over(config: ConfigDict, workdir: Path) -> None:
-    """Compare with the config of the run that lives in ``workdir``, if any, and fill gaps with what it found.
+    """Compare with the config of the run that is resumed, and fill gaps with what it measured.
 
     Raises:
       ConfigError: a key differs that a resumed run may not change.
     """
-    if not (workdir / "config.json").is_file():
-        return
     old = read_run(workdir)
     if not config.latents.scale and config.latents.normalize == old.latents.normalize:
         config.latents = old.latents
@@ -283,7 +307,8 @@ def make_source(config: ConfigDict, part: Literal["train", "validation"]) -> "So
         if config.data.max_objects not in (1, 2, 3):
             raise ConfigError(f"data.max_objects is {config.data.max_objects}; it can be 1, 2, 3")
         objects = tuple(range(1, config.data.max_objects + 1))
-        source: Source = ShapesWorld(config.seed, config.data.num_pictures, objects=objects, combinations="seen")
+        with config_errors("data"):
+            source: Source = ShapesWorld(config.seed, config.data.num_pictures, objects=objects, combinations="seen")
     elif kind == "folder" and place:
         source = Folder(place)
     else:
@@ -318,6 +343,42 @@ def make_process(config: ConfigDict) -> "Process":
     with config_errors("diffusion"):
         schedule = make_schedule(config.diffusion.schedule, config.diffusion.shift)
         return Process(schedule, config.diffusion.prediction)
+
+
+def make_step(
+    config: ConfigDict,
+    model: "DiT",
+    process: "Process",
+    optimizer: "optax.GradientTransformation",
+    learning_rate: "optax.Schedule",
+) -> "TrainStep":
+    """One train step of a resolved config."""
+    from dit_jax.training.step import TrainStep
+
+    return TrainStep(
+        model=model,
+        process=process,
+        sample_times=make_times(config, process),
+        to_model_latents=make_latents(config).to_model,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        caption_dropout=config.caption_dropout,
+        ema_decay=config.ema_decay,
+        accumulate=config.accumulate,
+        seed=config.seed,
+    )
+
+
+def make_samples(config: ConfigDict, source: "Source", list_of_bad: Path) -> tuple["Samples", "BadRecords"]:
+    """The run's sequence of samples, and the list of records that could not be read."""
+    from dit_jax.data.bad_records import BadRecords
+    from dit_jax.data.loader import Samples
+
+    data = config.data
+    with config_errors("data"):
+        bad_records = BadRecords(list_of_bad, data.max_bad_fraction, len(source))
+    flip = choose_flip(config, source)
+    return Samples(source, config.seed, data.image_size, random_crop=data.crop == "random", flip=flip), bad_records
 
 
 def make_times(config: ConfigDict, process: "Process") -> Callable[[jax.Array], jax.Array]:
@@ -358,8 +419,9 @@ def make_optimizer(config: ConfigDict) -> tuple["optax.GradientTransformation", 
     """The optimizer and its learning-rate schedule."""
     from dit_jax.training import optimizer
 
-    schedule = optimizer.learning_rate_schedule(
-        config.learning_rate_schedule, config.learning_rate, config.warmup_steps, config.total_steps
-    )
+    with config_errors("optimizer"):
+        schedule = optimizer.learning_rate_schedule(
+            config.learning_rate_schedule, config.learning_rate, config.warmup_steps, config.total_steps
+        )
     adamw = optimizer.make_optimizer(schedule, config.adam_b1, config.adam_b2, config.weight_decay, config.clip_norm)
     return adamw, schedule

@@ -29,6 +29,13 @@ class DivergedError(UserError):
     kind = "diverged"
 
 
+class WorkdirError(UserError):
+    """A folder that cannot be written to, or is full."""
+
+    exit_code = 8
+    kind = "workdir error"
+
+
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or of another model."""
 

@@ -21,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="FILE.py, FILE.py:key=value,key=value or a run's config.json")
-    parser.add_argument("--workdir", type=Path, help="folder of the run; default: runs/<config name>")
+    parser.add_argument(
+        "--workdir", type=Path, help="folder of the run; default: runs/<config name>, or where the config.json lies"
+    )
     add_flags(parser)
     args, rest = parser.parse_known_args(argv)
     overrides = {}
@@ -42,9 +44,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         set_up(args.allow_cpu, args.verbose)
         from dit_jax import train
 
-        train.run(config, args.workdir or Path("runs") / Path(args.config.partition(":")[0]).stem)
+        train.run(config, args.workdir or default_workdir(args.config))
 
     run_program(train, args.traceback)
+
+
+def default_workdir(config: str) -> Path:
+    """``runs/<config name>``, or the run that a ``config.json`` lies in."""
+    path = Path(config.partition(":")[0])
+    return path.parent if path.suffix == ".json" else Path("runs") / path.stem
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """How every program starts and ends: devices, compile cache, quiet libraries, exit codes.
 
-=====  =======================================  =====  ==============================
+=====  =======================================  =====  ====================================
 0      done                                     5      checkpoint unusable
 1      internal error, with its traceback       6      out of memory
-2      usage or config                          130    interrupted (Ctrl-C)
-3      data
-4      diverged (loss not finite)
-=====  =======================================  =====  ==============================
+2      usage or config                          8      workdir full or not writable
+3      data                                     130    interrupted (Ctrl-C)
+4      diverged (loss or gradient not finite)
+=====  =======================================  =====  ====================================
 """
 
 import argparse
@@ -19,6 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dit_jax.errors import ConfigError, UserError
 
@@ -90,7 +91,7 @@ def set_up(allow_cpu: bool, verbose: bool) -> None:
             )
 
 
-def _show_warning(message: Warning | str, category: type[Warning], filename: str, *_: object) -> None:
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
     """Our own warnings in one line each; those of libraries not at all."""
     if Path(filename).is_relative_to(Path(__file__).parent):
         print(f"warning: {message}", file=sys.stderr, flush=True)

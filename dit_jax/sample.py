@@ -9,15 +9,17 @@ seed ``seed + i`` and depends on nothing else: that seed alone draws it again, w
 import argparse
 import functools
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dit_jax.errors import ConfigError
+from dit_jax.arrays import TextStates
+from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.runtime import add_flags, run_program, set_up
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from dit_jax.encoders import VAE, TextEncoder
     from dit_jax.encoders.tokenizer import LongPrompt
 
-BATCHES = (1, 8, 64)  # compiled batch sizes: a call is cut into the largest and padded to the smallest that fits
+BATCHES = (1, 4, 16, 64)  # compiled batch sizes: a call is cut into the largest and padded to the smallest that fits
 
 
 class Pipeline:
@@ -69,8 +71,8 @@ class Pipeline:
         import jax.numpy as jnp
 
         from dit_jax import build
-        from dit_jax.sharding import make_mesh, replicated
-        from dit_jax.training.checkpoint import find_step, restore_params
+        from dit_jax.sharding import make_mesh, replicated, with_sharding
+        from dit_jax.training.checkpoint import find_step, restore_metadata, restore_params
         from dit_jax.training.state import init_params
 
         if ema not in ("ema", "raw"):
@@ -79,11 +81,17 @@ class Pipeline:
         config = build.read_run(workdir)
         step = find_step(workdir / "checkpoints", step)
         vae, text_encoder = build.make_vae(config), build.make_text_encoder(config)
+        saved = restore_metadata(workdir / "checkpoints", step)
+        for name, encoder in (("vae", vae), ("text_encoder", text_encoder)):
+            if saved[name] != encoder.sha256:
+                raise CheckpointError(
+                    f"{workdir} was trained with another {name} than {encoder.name} (sha256"
+                    f" {saved[name][:12]}, here {encoder.sha256[:12]}); put the files back"
+                )
         model = build.make_model(config, jnp.float32)
         side = config.data.image_size // vae.factor
         shapes = jax.eval_shape(lambda key: init_params(model, key, side, side), jax.random.key(0))
-        whole = replicated(make_mesh(jax.devices()[:1]))
-        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), shapes)
+        shapes = with_sharding(shapes, replicated(make_mesh(jax.devices()[:1])))
         params = restore_params(workdir / "checkpoints", step, {"ema": "ema", "raw": "params"}[ema], shapes)
         return cls(config, vae, text_encoder, params, step)
 
@@ -141,78 +149,66 @@ class Pipeline:
         from dit_jax.build import config_errors
 
         defaults = self.config.sample
-        steps = defaults.steps if steps is None else steps
-        guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-        sampler = sampler or defaults.sampler
-        size = (height or self.config.data.image_size, width or self.config.data.image_size)
-        unit = self.vae.factor * self.config.model.patch_size
-        if any(side < unit or side % unit for side in size):
-            raise ConfigError(f"a picture of {size[0]} x {size[1]}: height and width must be multiples of {unit}")
-        if steps < 1:
-            raise ConfigError(f"steps is {steps}; it must be 1 or more")
+        scale = float(defaults.guidance_scale if guidance_scale is None else guidance_scale)
+        recipe = Recipe(
+            height=height or self.config.data.image_size,
+            width=width or self.config.data.image_size,
+            sampler=sampler or defaults.sampler,
+            steps=defaults.steps if steps is None else steps,
+            guided=scale != 1.0,
+        )
+        self._check(recipe)
+        if not len(prompts):
+            raise ConfigError("there is nothing to draw: no prompts")
+        if negative_prompt is not None and not recipe.guided:
+            warnings.warn("negative_prompt does nothing at guidance_scale 1", stacklevel=2)
         with config_errors("prompt"):
             ids, mask = self.text_encoder.tokenize(list(prompts), long_prompt)
-            negative = None
-            if negative_prompt is not None and guidance_scale != 1.0:
-                negative = self.text_encoder.tokenize([negative_prompt], long_prompt)
+            negative = None if negative_prompt is None else self.text_encoder([negative_prompt], long_prompt)
 
         pictures = []
         for first in range(0, len(prompts), BATCHES[-1]):
             n = min(BATCHES[-1], len(prompts) - first)
             B = next(size for size in BATCHES if size >= n)
             rows = np.minimum(np.arange(first, first + B), len(prompts) - 1)  # the last one fills the batch
-            pictures.append(
-                self._draw_batch(
-                    ids[rows],
-                    mask[rows],
-                    np.asarray(seeds)[rows],
-                    negative,
-                    size,
-                    sampler,
-                    steps,
-                    float(guidance_scale),
-                )[:n]  # fmt: skip
-            )
+            text = self.text_encoder.encode_ids(ids[rows], mask[rows])
+            pictures.append(self._draw_batch(recipe, text, np.asarray(seeds)[rows], negative, scale)[:n])
         return np.concatenate(pictures)
 
+    def _check(self, recipe: "Recipe") -> None:
+        unit = self.vae.factor * self.config.model.patch_size
+        if any(side < unit or side % unit for side in (recipe.height, recipe.width)):
+            size = f"{recipe.height} x {recipe.width}"
+            raise ConfigError(f"a picture of {size}: height and width must be multiples of {unit}")
+        if recipe.steps < 1:
+            raise ConfigError(f"steps is {recipe.steps}; it must be 1 or more")
+
     def _draw_batch(
-        self,
-        ids: np.ndarray,
-        mask: np.ndarray,
-        seeds: np.ndarray,
-        negative: tuple[np.ndarray, np.ndarray] | None,
-        size: tuple[int, int],
-        sampler: str,
-        steps: int,
-        guidance_scale: float,
+        self, recipe: "Recipe", text: TextStates, seeds: np.ndarray, negative: TextStates | None, scale: float
     ) -> np.ndarray:
-        """One padded batch: token ids ``[B, S]``, seeds ``[B]`` -> uint8 ``[B, height, width, 3]``."""
+        """One batch: text states and seeds ``[B]``, negative text of one -> uint8 ``[B, height, width, 3]``."""
         import jax
         import jax.numpy as jnp
 
-        text = self.text_encoder.encode_ids(ids, mask)
-        uncond = None
         if negative is not None:
-            states = self.text_encoder.encode_ids(*negative)
-            uncond = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(ids), *a.shape[1:])), states)
+            negative = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(seeds), *a.shape[1:])), negative)
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-        draw = self._compiled(size, sampler, steps, guidance_scale)
-        latents = draw(self.params, keys, text, uncond)
+        latents = self._compiled(recipe)(self.params, keys, text, negative, scale)
         pixels = np.asarray(self.vae.decode(latents), np.float32)
-        return np.round((np.clip(pixels, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
+        return np.round((pixels + 1.0) * 127.5).astype(np.uint8)
 
-    def _compile(self, size: tuple[int, int], sampler: str, steps: int, guidance_scale: float) -> Any:
-        """The jitted sampler: parameters, keys ``[B]``, text and negative text -> raw latents ``[B, h, w, C]``."""
+    def _compile(self, recipe: "Recipe") -> Any:
+        """The jitted sampler: parameters, keys ``[B]``, text, negative text and scale -> raw latents."""
         import jax
 
         from dit_jax import build
         from dit_jax.diffusion import guidance, samplers
 
-        h, w = size[0] // self.vae.factor, size[1] // self.vae.factor
-        grid = self._process.schedule.grid(steps)
-        method = build.make_sampler(self.config, sampler, self._process, grid)
+        h, w = recipe.height // self.vae.factor, recipe.width // self.vae.factor
+        grid = self._process.schedule.grid(recipe.steps)
+        sampler = build.make_sampler(self.config, recipe.sampler, self._process, grid)
 
-        def draw(params, keys, text, negative):
+        def draw(params, keys, text, negative, scale):
             def apply(*args, method):
                 return self._model.apply({"params": params}, *args, method=method)
 
@@ -222,12 +218,22 @@ class Pipeline:
             if negative is None:
                 negative = apply(len(keys), method="null_text")
             text, negative = (apply(states, method="prepare_text") for states in (text, negative))
-            denoise = guidance.classifier_free(predict, self._process, text, negative, guidance_scale)
+            denoise = guidance.classifier_free(predict, self._process, text, negative, scale if recipe.guided else 1)
             x = samplers.draw_prior(keys, (h, w, self._model.in_channels))
-            x = samplers.run(method, keys, x, grid, [(0, steps, denoise)])
+            x = samplers.run(sampler, keys, x, grid, [(0, recipe.steps, denoise)])
             return self._latents.to_raw(x)
 
         return jax.jit(draw)
+
+
+class Recipe(NamedTuple):
+    """What one compiled sampler is made for. The guidance scale is its argument, but for 1: that is no guidance."""
+
+    height: int
+    width: int
+    sampler: str
+    steps: int
+    guided: bool
 
 
 def make_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:

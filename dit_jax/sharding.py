@@ -27,6 +27,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def with_sharding(shapes: Any, sharding: NamedSharding) -> Any:
+    """A tree of shapes and dtypes, each with this sharding."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes)
+
+
 def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """Send a batch of host arrays to the devices."""
     return jax.device_put(batch, batch_sharding(mesh))

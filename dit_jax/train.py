@@ -6,8 +6,11 @@ Called again with the same config it goes on where the last checkpoint ends, and
 as a run that was never interrupted.
 """
 
+import contextlib
 import itertools
+import os
 import platform
+import shutil
 import subprocess
 import time
 import warnings
@@ -21,28 +24,29 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+import dit_jax
 from dit_jax import build
 from dit_jax.arrays import Array
-from dit_jax.data.bad_records import BadRecords
-from dit_jax.data.loader import RawBatch, Samples, batches, scan
+from dit_jax.data.loader import RawBatch, batches, scan
 from dit_jax.data.sources import Source
 from dit_jax.encoders import VAE, TextEncoder
 from dit_jax.encoders.latents import measure_scale
+from dit_jax.errors import ConfigError, WorkdirError
 from dit_jax.models.flops import peak_flops, training_flops
 from dit_jax.sample import Pipeline, make_grid, save_png
 from dit_jax.sharding import make_mesh, put_batch
 from dit_jax.training import encode
-from dit_jax.training.checkpoint import Checkpoints
+from dit_jax.training.checkpoint import Checkpoints, restore_metadata
 from dit_jax.training.encode import EncodedBatch
 from dit_jax.training.progress import Progress, check_finite
-from dit_jax.training.state import TrainState, init_state
+from dit_jax.training.state import TrainState, abstract_state, init_state
 from dit_jax.training.step import TrainStep
 from dit_jax.training.writer import Writer
 from dit_jax.trees import count_parameters
 
 GRID = 16  # captions of the training set in a sample grid when the config names no prompts
 CHUNK = 256  # records encoded at a time
-MEASURED = 2048  # records whose latents are measured when encoders run at every step
+MEASURED = 2048  # records whose latents are measured
 THREADS = 8  # that read and decode pictures, in every process that does
 
 Batches = Callable[[int, int], Iterator[EncodedBatch]]  # (first step, last step) -> encoded batches
@@ -59,10 +63,11 @@ def run(config: ConfigDict, workdir: Path) -> TrainState | None:
       The state at the end; None if there was nothing left to do.
 
     Raises:
-      ConfigError: values that cannot be, or a workdir that belongs to another config.
+      ConfigError: values that cannot be, or a workdir that belongs to another config, data or encoders.
       DataError: a data set that cannot be read.
-      DivergedError: the loss is not finite; nothing is saved after it.
+      DivergedError: the loss or its gradient is not finite; nothing is saved after it.
       CheckpointError: a checkpoint that cannot be restored.
+      WorkdirError: a workdir that cannot be written to.
     """
     # ---- what there is
     mesh = make_mesh(jax.devices())
@@ -71,83 +76,83 @@ def run(config: ConfigDict, workdir: Path) -> TrainState | None:
     notes = build.resolve(config, len(source), vae, text_encoder, mesh.size)
     dtype = build.compute_dtype(config.dtype, jax.default_backend())
     model, process = build.make_model(config, dtype), build.make_process(config)
+    build.make_times(config, process)
+    build.make_sampler(config, config.sample.sampler, process, process.schedule.grid(max(config.sample.steps, 1)))
     optimizer, learning_rate = build.make_optimizer(config)
-    build.take_over(config, workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(workdir / "checkpoints", config.keep_latest, config.keep_every)
+    identity = {"data": source.fingerprint(), "vae": vae.sha256, "text_encoder": text_encoder.sha256}
+
+    # ---- where it stands
+    with writable(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        checkpoints = Checkpoints(workdir / "checkpoints", config.keep_latest, config.keep_every)
     start = checkpoints.latest_step() or 0
     stop = min(config.stop_at_step or config.total_steps, config.total_steps)
+    if start:
+        build.take_over(config, workdir)
+        refuse_another(restore_metadata(checkpoints.directory, start), identity)
     banner(config, workdir, start, mesh, len(source), (vae, text_encoder))
     if start >= stop:
         say(f"nothing to do: step {start} of {stop} is done")
+        checkpoints.close()
         return None
     for note in notes:
         say(f"warning: {note}")
 
-    # ---- data
+    # ---- data, state, step
     encoded_batches = prepare_data(config, workdir, source, vae, text_encoder)
-    (workdir / "config.json").write_text(build.to_json(config))
-
-    # ---- state and step
+    with writable(workdir):
+        write_whole(workdir / "config.json", build.to_json(config))
     side = config.data.image_size // vae.factor
-    state = init_state(model, optimizer, jax.random.key(config.seed), side, side, mesh)
     if start:
-        state = checkpoints.restore(start, state)
-    step_function = TrainStep(
-        model=model,
-        process=process,
-        sample_times=build.make_times(config, process),
-        to_model_latents=build.make_latents(config).to_model,
-        optimizer=optimizer,
-        learning_rate=learning_rate,
-        caption_dropout=config.caption_dropout,
-        ema_decay=config.ema_decay,
-        accumulate=config.accumulate,
-        seed=config.seed,
-    )
+        state = checkpoints.restore(start, abstract_state(model, optimizer, side, side, mesh))
+    else:
+        state = init_state(model, optimizer, jax.random.key(config.seed), side, side, mesh)
     say(f"parameters: {count_parameters(state.params):,}; compute in {np.dtype(dtype).name}")
-
-    # ---- the loop
+    step_function = build.make_step(config, model, process, optimizer, learning_rate)
     pipeline = Pipeline(config, vae, text_encoder, state.ema, start)
     prompts = config.sample.prompts or tuple(itertools.islice(source.captions(), GRID))
-    writer = Writer(workdir, start, config.wandb_project, config.to_dict())
-    peak = peak_flops(jax.devices()[0].device_kind)
-    progress = Progress(
-        writer,
-        config.log_every,
-        start,
-        config.total_steps,
-        config.batch_size,
-        training_flops(model, side, side),
-        peak and peak * mesh.size,
-    )
-    train_step = None
-    batch_iterator = encoded_batches(start, stop)
-    for step in range(start + 1, stop + 1):
-        with progress.waiting():
-            batch = put_batch(next(batch_iterator), mesh)
-        if train_step is None:
-            train_step = compile_step(step_function, state, batch)
-            progress.restart()
-        state, metrics = train_step(state, batch)
-        progress.step(step, metrics)
-        if is_due(step, config.sample_every, config.total_steps):
-            with progress.aside():
-                path = draw_samples(pipeline, state.ema, step, prompts, workdir / "samples", writer)
-                progress.say(f"samples of step {step}: {path}")
-        if is_due(step, config.save_every, stop):
-            with progress.aside():
-                check_finite(step, metrics["loss"])
-                progress.say(f"saving step={step}")
-                checkpoints.save(state, {"config": config.to_dict(), "encoders": [vae.sha256, text_encoder.sha256]})
+
+    # ---- the loop
+    with contextlib.ExitStack() as closing:
+        closing.callback(checkpoints.close)
+        writer = Writer(workdir, start, config.wandb_project, config.to_dict())
+        closing.callback(writer.close)
+        peak = peak_flops(jax.devices()[0].device_kind)
+        progress = Progress(
+            writer,
+            log_every=config.log_every,
+            start=start,
+            total_steps=config.total_steps,
+            batch_size=config.batch_size,
+            flops=training_flops(model, side, side),
+            peak=peak and peak * mesh.size,
+        )
+        closing.callback(progress.close)
+        train_step = None
+        coming = encoded_batches(start, stop)
+        for step in range(start + 1, stop + 1):
+            with progress.waiting():
+                batch = put_batch(next(coming), mesh)
+            if train_step is None:
+                train_step = compile_step(step_function, state, batch)
+                progress.restart()
+            state, metrics = train_step(state, batch)
+            progress.step(step, metrics)
+            if step == stop or is_due(step, config.save_every):
+                with progress.aside():
+                    check_finite(step, metrics)
+                    if commit := checkpoints.save(state, identity):
+                        progress.say(f"saved {commit}")
+                    progress.say(f"saving step={step}")
+            if is_due(step, config.sample_every) or (config.sample_every and step == config.total_steps):
+                with progress.aside():
+                    path = draw_samples(pipeline, state.ema, step, prompts, workdir / "samples", writer)
+                    progress.say(f"samples of step {step}: {path}")
+            if commit := checkpoints.committed():
+                progress.say(f"saved {commit}")
+        checkpoints.wait()
         if commit := checkpoints.committed():
             progress.say(f"saved {commit}")
-    progress.flush()
-    checkpoints.wait()
-    progress.say(f"saved {checkpoints.committed()}")
-    checkpoints.close()
-    progress.close()
-    writer.close()
     say(f"done: step {stop} of {config.total_steps}")
     return state
 
@@ -157,9 +162,35 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def is_due(step: int, every: int, last: int) -> bool:
-    """Whether something that happens every so many steps (0: never) and at the last one happens now."""
-    return every > 0 and (step % every == 0 or step == last)
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens now."""
+    return every > 0 and step % every == 0
+
+
+@contextlib.contextmanager
+def writable(workdir: Path) -> Iterator[None]:
+    """What cannot be written ends the run with the folder's name."""
+    try:
+        yield
+    except OSError as error:
+        raise WorkdirError(f"cannot write to {workdir}: {error.strerror or error}; give another --workdir") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is either the old one or the new one, whenever the process ends."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def refuse_another(saved: dict[str, str], found: dict[str, str]) -> None:
+    """Raises ConfigError if a run would go on with other data or encoders than it began with."""
+    changed = [name for name in found if saved.get(name) != found[name]]
+    if changed:
+        raise ConfigError(
+            f"the run was begun with another {' and '.join(changed)} (compared by hash);"
+            " put the files back, or begin a new run in another --workdir"
+        )
 
 
 def banner(
@@ -167,9 +198,7 @@ def banner(
 ) -> None:
     """Say what runs, on what, with which data and encoders, and where it begins."""
     packages = " ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "orbax-checkpoint"))
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    commit = git.stdout.strip() or "no git"
-    say(f"dit_jax {version('dit_jax')} ({commit}), Python {platform.python_version()}, {packages}")
+    say(f"dit_jax {dit_jax.__version__} ({git_commit()}), Python {platform.python_version()}, {packages}")
     say(f"devices: {mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
     say(f"data: {config.data.source}, {records:,} records, {config.data.image_size} px")
     for encoder in encoders:
@@ -177,19 +206,28 @@ def banner(
     say(f"workdir: {workdir}, " + (f"resuming from step {start}" if start else "a new run"))
 
 
+def git_commit() -> str:
+    """The commit of the tree that this package lies in, if it lies in one."""
+    if shutil.which("git") is None:
+        return "no git"
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "no git"
+
+
 def prepare_data(config: ConfigDict, workdir: Path, source: Source, vae: VAE, text_encoder: TextEncoder) -> Batches:
     """Encode the source, or get ready to at every step; fill ``config.latents``; look at the first pictures."""
     data = config.data
-    flip = build.choose_flip(config, source)
-    with build.config_errors("data"):
-        bad_records = BadRecords(workdir / "bad_records.jsonl", data.max_bad_fraction, len(source))
+    samples, bad_records = build.make_samples(config, source, workdir / "bad_records.jsonl")
+    long_captions: list[str] = []
 
     def tokenize(captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the start check speaks of long captions once; this would at every batch
-            return text_encoder.tokenize(captions)
-
-    samples = Samples(source, config.seed, data.image_size, random_crop=data.crop == "random", flip=flip)
+            warnings.simplefilter("ignore")  # it would speak at every batch; what it would say is counted here
+            ids, mask = text_encoder.tokenize(captions)
+        long_captions.extend(
+            caption for caption, full in zip(captions, np.all(mask, axis=1).tolist(), strict=True) if full
+        )
+        return ids, mask
 
     def raw_batches(batch_size: int, start: int, stop: int) -> Iterator[RawBatch]:
         return batches(samples, tokenize, bad_records, batch_size, start, stop, THREADS, data.workers)
@@ -197,9 +235,10 @@ def prepare_data(config: ConfigDict, workdir: Path, source: Source, vae: VAE, te
     first = next(raw_batches(min(32, len(source)), 0, 1))
     if data.encode == "once":
         begin = time.monotonic()
+        say(f"encoding {len(source):,} pictures ...")
         chunks = scan(source, tokenize, bad_records, CHUNK, config.seed, data.image_size, THREADS, data.workers)
-        encoded = encode.encode_once(chunks, vae, text_encoder, flip, config.seed)
-        mirrored = " and their mirror images" if flip else ""
+        encoded = encode.encode_once(chunks, vae, text_encoder, samples.flip, config.seed)
+        mirrored = " and their mirror images" if samples.flip else ""
         say(f"encoded {len(source):,} pictures{mirrored} in {time.monotonic() - begin:.0f} s")
 
         def encoded_batches(start: int, stop: int) -> Iterator[EncodedBatch]:
@@ -224,6 +263,11 @@ def prepare_data(config: ConfigDict, workdir: Path, source: Source, vae: VAE, te
     )
     for warning in check.warnings():
         say(f"warning: {warning}")
+    if long_captions:
+        say(
+            f"warning: captions that fill all {text_encoder.length} tokens of the text encoder, and may be cut:"
+            f" {len(set(long_captions))}, the first {long_captions[0][:100]!r}"
+        )
     if bad_records:
         say(f"bad records: {len(bad_records)}, replaced by others, listed in {workdir / 'bad_records.jsonl'}")
     return encoded_batches

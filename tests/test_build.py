@@ -55,6 +55,9 @@ def test_a_resolved_config_comes_back_from_json(tmp_path):
     path.write_text(build.to_json(config))
     again = build.load_config(str(path), {"batch_size": "16"})
     assert build.differences(config, again) == ["batch_size: 8 -> 16"]
+    config.latents.scale = (2.0,)  # measured by that run; another one measures for itself
+    path.write_text(build.to_json(config))
+    assert build.load_config(str(path), {}).latents.scale == ()
     assert again.sample.prompts == config.sample.prompts
     path.write_text("{")
     with pytest.raises(ConfigError, match="is not a config"):

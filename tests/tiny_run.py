@@ -11,6 +11,7 @@ TINY = {
     "total_steps": "20",
     "batch_size": "8",
     "warmup_steps": "2",
+    "learning_rate": "0.02",  # so that 20 steps change something
     "log_every": "3",
     "save_every": "5",
     "sample_every": "10",

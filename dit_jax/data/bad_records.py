@@ -53,12 +53,13 @@ class BadRecords:
         if self._path and row.id not in self._listed:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row._asdict()) + "\n")
-        if len(self) > self._max_bad_fraction * self._num_records:
+        allowed = self._max_bad_fraction * self._num_records
+        if len(self) > max(allowed, 1 if allowed else 0):  # one is not many, however small the source
             first = "; ".join(f"{id}: {reason}" for id, reason in itertools.islice(self._seen.items(), 3))
             listed = f" (all so far in {self._path})" if self._path else ""
             raise DataError(
                 f"{len(self)} of {self._num_records} records are bad, more than "
-                f"max_bad_fraction={self._max_bad_fraction} allows; the first: {first}{listed}"
+                f"data.max_bad_fraction={self._max_bad_fraction} allows; the first: {first}{listed}"
             )
 
 

@@ -63,8 +63,3 @@ def measure_scale(mean: np.ndarray, std: np.ndarray) -> LatentScale:
     if not (variance > 0).all():
         raise ValueError(f"latent channels {np.flatnonzero(~(variance > 0)).tolist()} do not vary")
     return LatentScale(mean.mean(axis=axes).astype(np.float32), (variance**-0.5).astype(np.float32))
-
-
-def sample(mean: jax.Array, std: jax.Array, noise: jax.Array) -> jax.Array:
-    """A raw sample of the posterior, equation (1); noise is standard normal ``[B, h, w, C]``."""
-    return mean + std * noise

@@ -56,9 +56,13 @@ class Checkpoints:
         """The newest step on disk, or None."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, metadata: dict[str, Any]) -> None:
-        """Queue a save of the state under its own step; waits for an earlier save that is still being written."""
+    def save(self, state: TrainState, metadata: dict[str, Any]) -> Commit | None:
+        """Queue a save of the state under its own step.
+
+        Waits for an earlier save that is still being written, and returns its commit.
+        """
         self.wait()
+        earlier = self.committed()
         step = int(state.step)
         self._pending = (step, time.monotonic())
         self._manager.save(
@@ -70,6 +74,7 @@ class Checkpoints:
                 metadata=ocp.args.JsonSave(metadata),
             ),
         )
+        return earlier
 
     def committed(self) -> Commit | None:
         """The save that was committed since the last call, if any; does not wait."""
@@ -88,7 +93,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def restore(self, step: int, state: TrainState) -> TrainState:
-        """The state at a step; ``state`` gives structure, shapes, dtypes and shardings (its values are not used).
+        """The state at a step; ``state`` says structure, shapes, dtypes and shardings.
 
         Raises:
           CheckpointError: if the step is missing, unreadable, or of another model.
@@ -111,19 +116,31 @@ class Checkpoints:
         self._manager.close()
 
 
+def restore_metadata(directory: Path, step: int) -> dict[str, Any]:
+    """What was saved as JSON with a step.
+
+    Raises:
+      CheckpointError: if the step is unreadable.
+    """
+    return _restore_item(directory, step, "metadata", ocp.args.JsonRestore())
+
+
 def restore_params(directory: Path, step: int, item: str, shapes: Any) -> Any:
     """Only the parameters of a step: ``item`` is ``ema`` or ``params``; ``shapes`` says shapes, dtypes, shardings.
 
     Raises:
       CheckpointError: if the step is unreadable or of another model.
     """
+    return _restore_item(directory, step, item, _wanted(shapes))
+
+
+def _restore_item(directory: Path, step: int, item: str, args: Any) -> Any:
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
     with (
         _readable(directory, step),
-        ocp.CheckpointManager(
-            directory.absolute(), item_names=ITEMS, options=ocp.CheckpointManagerOptions(read_only=True)
-        ) as manager,
+        ocp.CheckpointManager(directory.absolute(), item_names=ITEMS, options=options) as manager,
     ):
-        return manager.restore(step, args=ocp.args.Composite(**{item: _wanted(shapes)}))[item]
+        return manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
 
 
 def _wanted(tree: Any) -> ocp.args.StandardRestore:

@@ -1,9 +1,8 @@
 """What a run says while it runs: a progress bar on a terminal, plain lines elsewhere, and how fast it goes."""
 
-import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import jax
@@ -40,7 +39,11 @@ class Progress:
         self._writer, self._log_every, self._total, self._batch_size = writer, log_every, total_steps, batch_size
         self._flops, self._peak = flops, peak
         self._bar = tqdm(
-            total=total_steps, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+            total=total_steps,
+            initial=start,
+            unit="step",
+            disable=not (sys.stderr.isatty() or "ipykernel" in sys.modules),
+            dynamic_ncols=True,
         )
         self._late: tuple[int, dict[str, jax.Array]] | None = None
         self._last_step = start
@@ -80,7 +83,7 @@ class Progress:
         step, metrics = self._late
         self._late = None
         row = {name: float(np.asarray(value)) for name, value in metrics.items()}
-        check_finite(step, row["loss"])
+        check_finite(step, row)
         now = time.monotonic()
         seconds = max(now - self._since - self._aside, 1e-9)
         steps = step - self._last_step
@@ -114,10 +117,13 @@ class Progress:
         self._bar.close()
 
 
-def check_finite(step: int, loss: float | jax.Array) -> None:
-    """Raises DivergedError where the loss is not a number or infinite."""
-    if not np.isfinite(np.asarray(loss)):
-        raise DivergedError(f"the loss of step {step} is {float(loss)}; lower learning_rate, or look at the data")
+def check_finite(step: int, metrics: Mapping[str, float | jax.Array]) -> None:
+    """Raises DivergedError where the loss or the norm of its gradient is not a number or infinite."""
+    for name, value in (("loss", metrics["loss"]), ("gradient's norm", metrics["grad_norm"])):
+        if not np.isfinite(np.asarray(value)):
+            raise DivergedError(
+                f"the {name} of step {step} is {float(value)}; lower learning_rate, or look at the data"
+            )
 
 
 def duration(seconds: float) -> str:
@@ -130,4 +136,9 @@ def duration(seconds: float) -> str:
 def memory_in_use() -> int:
     """Peak bytes in use on the first device; on CPU, of this process."""
     stats = jax.local_devices()[0].memory_stats()
-    return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if stats:
+        return stats["peak_bytes_in_use"]
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

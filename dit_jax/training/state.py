@@ -1,5 +1,6 @@
 """The train state: everything that a step changes, and nothing else."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 
 from dit_jax.arrays import Array, TextStates
 from dit_jax.models.dit import DiT
-from dit_jax.sharding import replicated
+from dit_jax.sharding import replicated, with_sharding
 
 
 @struct.dataclass
@@ -43,10 +44,17 @@ def init_state(
 ) -> TrainState:
     """A fresh state, made on the mesh by one jitted function."""
 
-    def init(key: jax.Array) -> TrainState:
-        params = init_params(model, key, h, w)
-        # a copy, so that the step may donate both
-        ema = jax.tree.map(jnp.copy, params)
-        return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
-
+    init = functools.partial(_fresh_state, model, optimizer, h, w)
     return jax.jit(init, out_shardings=replicated(mesh))(key)
+
+
+def abstract_state(model: DiT, optimizer: optax.GradientTransformation, h: int, w: int, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of a state, without its arrays: what a checkpoint is restored into."""
+    shapes = jax.eval_shape(functools.partial(_fresh_state, model, optimizer, h, w), jax.random.key(0))
+    return with_sharding(shapes, replicated(mesh))
+
+
+def _fresh_state(model: DiT, optimizer: optax.GradientTransformation, h: int, w: int, key: jax.Array) -> TrainState:
+    params = init_params(model, key, h, w)
+    ema = jax.tree.map(jnp.copy, params)  # not the same arrays: the step may donate both
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))

@@ -64,7 +64,8 @@ class TrainStep:
         dropout_keys = jax.random.split(jax.random.fold_in(key_dropout, state.step), self.accumulate)
 
         loss_and_grad = jax.value_and_grad(self.loss)
-        slices = jax.tree.map(lambda a: a.reshape(self.accumulate, B // self.accumulate, *a.shape[1:]), (batch, keys))
+        A = self.accumulate  # slice a holds every sample with i % A == a, so that each slice lies on all devices
+        slices = jax.tree.map(lambda x: x.reshape(B // A, A, *x.shape[1:]).swapaxes(0, 1), (batch, keys))
 
         def add_slice(total, part):
             (batch, keys), dropout_key = part
@@ -84,7 +85,7 @@ class TrainStep:
         ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(self.learning_rate(state.step), jnp.float32),
         }
         return TrainState(state.step + 1, params, ema, opt_state), metrics

@@ -10,7 +10,7 @@ from dit_jax.training.writer import Writer, truncate_rows
 
 
 def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def test_rows_past_the_restored_step_and_torn_lines_are_cut(tmp_path):
@@ -53,10 +53,12 @@ def test_progress_writes_step_1_the_multiples_and_the_last(tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_is_an_error():
-    check_finite(3, 1.0)
-    for loss in (float("nan"), float("inf")):
+    check_finite(3, {"loss": 1.0, "grad_norm": 2.0})
+    for bad in (float("nan"), float("inf")):
         with pytest.raises(DivergedError, match="the loss of step 3 is"):
-            check_finite(3, loss)
+            check_finite(3, {"loss": bad, "grad_norm": 2.0})
+        with pytest.raises(DivergedError, match="the gradient's norm of step 3 is"):
+            check_finite(3, {"loss": 1.0, "grad_norm": bad})
 
 
 def test_durations_are_readable():
