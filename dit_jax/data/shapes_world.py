@@ -25,8 +25,8 @@ from dit_jax.data.sources import Record
 IMAGE_SIZE = 64
 MARGIN = 1.0  # px between an object and the border of the picture
 MIN_GAP = 4.0  # px between two objects, so that a blurred picture still shows two
-LATTICE = 4.0  # px between the places that a centre can have: half a latent of an 8x VAE
 MAX_OFFSET = 3.0  # px across the axis of a relation, so that "above" never looks like "to the left of"
+RADIUS_JITTER = 0.75  # px; two of the largest objects, a gap and the margins still fit side by side
 SUPERSAMPLING = 4
 
 RADII = {"small": 8.0, "large": 13.0}  # px
@@ -230,7 +230,7 @@ def draw_scene(seed: int, i: int, num_objects: Sequence[int], combinations: Lite
     pool = COMBINATIONS[combinations]
     looks = [pool[k] for k in rng.choice(len(pool), size=count, replace=False)]  # no two alike
     sizes = [_choose(rng, list(RADII)) for _ in looks]
-    radii = [RADII[size] for size in sizes]
+    radii = [RADII[size] + rng.uniform(-RADIUS_JITTER, RADIUS_JITTER) for size in sizes]
     relation = _choose(rng, list(RELATIONS)) if count > 1 else None
     background = _choose(rng, list(BACKGROUNDS))
     phrasing = _choose(rng, PHRASINGS)
@@ -290,28 +290,22 @@ def _lay_out(rng: np.random.Generator, halves: list[np.ndarray], relation: str |
         group = _join(rng, group, others[0], axis, -side[axis], MAX_OFFSET)
         for third in others[1:]:
             group = _join(rng, group, third, 1 - axis, _choose(rng, (-1, 1)), IMAGE_SIZE)
-    low, high = MARGIN - group.low, IMAGE_SIZE - MARGIN - group.high
-    return group.centres + [_on_lattice(rng, low[axis], high[axis]) for axis in (0, 1)]
-
-
-def _on_lattice(rng: np.random.Generator, low: float, high: float) -> float:
-    """A multiple of `LATTICE` in [low, high]."""
-    first, last = int(np.ceil(low / LATTICE)), int(np.floor(high / LATTICE))
-    return LATTICE * float(rng.integers(first, last + 1))
+    return group.centres + rng.uniform(MARGIN - group.low, IMAGE_SIZE - MARGIN - group.high)
 
 
 def _join(
     rng: np.random.Generator, first: _Group, second: _Group, axis: int, direction: int, max_offset: float
 ) -> _Group:
     """Put `second` beside `first` at a random gap: after it (direction 1) or before it (-1) on the axis."""
-    room = IMAGE_SIZE - 2 * MARGIN - LATTICE  # one step less than there is, so that the group too has a place
+    room = IMAGE_SIZE - 2 * MARGIN
     slack = room - MIN_GAP - (first.high - first.low)[axis] - (second.high - second.low)[axis]
-    nearest = first.high + MIN_GAP - second.low if direction > 0 else second.high + MIN_GAP - first.low
+    assert slack >= 0, "RADII and MIN_GAP leave no room for all objects"
+    gap = MIN_GAP + rng.uniform(0, slack)
+    after, before = first.high + gap - second.low, first.low - gap - second.high
     across = 1 - axis
     shift = np.zeros(2)
-    shift[axis] = direction * _on_lattice(rng, nearest[axis], nearest[axis] + slack)
-    shift[across] = _on_lattice(
-        rng,
+    shift[axis] = (after if direction > 0 else before)[axis]
+    shift[across] = rng.uniform(
         max(-max_offset, first.high[across] - room - second.low[across]),
         min(max_offset, first.low[across] + room - second.high[across]),
     )
