@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Runs the tests on the CPU, in an environment of their own.
 #
-#   bash launch/test.sh                          everything but the slow tests
-#   bash launch/test.sh tests/diffusion -k euler every argument goes to pytest
-#   bash launch/test.sh --install_only           only makes the environment
+#   bash launch/test.sh                            everything but the slow tests, in two processes
+#   bash launch/test.sh tests/diffusion -k euler   arguments go to pytest, which then runs in one
+#   bash launch/test.sh --install_only             only makes the environment
 #
 # PYTHON=...               the interpreter to make the environment with
 # DIT_JAX_TEST_EXTRAS=...  more extras to install, such as "torch" for the tests that compare with torch
@@ -17,5 +17,8 @@ venv=${DIT_JAX_VENV:-.venv-test}
 install_into "$venv" "test${DIT_JAX_TEST_EXTRAS:+,$DIT_JAX_TEST_EXTRAS}"
 if [ "${1:-}" = --install_only ]; then
   exit
+fi
+if [ $# = 0 ]; then
+  set -- -n 2 --dist loadfile # a file shares its compiled functions and runs, so it stays in one process
 fi
 JAX_PLATFORMS=cpu exec "$venv/bin/python" -m pytest "$@"

@@ -14,6 +14,12 @@ def test_it_installs_the_test_extra_and_hands_its_arguments_to_pytest(machine):
     ]
 
 
+def test_the_whole_suite_runs_in_two_processes(machine):
+    machine.add("python3", STAND_IN_PYTHON)
+    machine.run("test.sh")
+    assert machine.calls()[-1] == "-m pytest -n 2 --dist loadfile"
+
+
 def test_more_extras_can_be_named(machine):
     machine.add("python3", STAND_IN_PYTHON)
     machine.run("test.sh", "--install_only", DIT_JAX_TEST_EXTRAS="torch,dev")
