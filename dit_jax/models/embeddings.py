@@ -147,30 +147,11 @@ class TextEmbedder(nn.Module):
         return vector, tokens
 
 
-def grid_features(_: Array, shape: tuple[int, int, int], dtype: jnp.dtype) -> Array:
-    """Where the learned positions start: equation (1) of the row in one half, of the column in the other.
-
-    Args:
-      shape: rows, columns and D. A D that 4 does not divide leaves the last numbers zero.
-
-    Returns:
-      ``[rows, cols, D]`` with values in [-1, 1].
-    """
-    rows, cols, D = shape
-    frequencies = MAX_PERIOD ** (-jnp.arange(D // 4) / max(D // 4, 1))
-
-    def along(count: int) -> Array:
-        angles = jnp.arange(count)[:, None] * frequencies[None, :]
-        return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)  # [count, D // 4 * 2]
-
-    half = D // 4 * 2
-    table = jnp.zeros(shape, dtype)
-    table = table.at[:, :, :half].set(jnp.broadcast_to(along(rows)[:, None], (rows, cols, half)))
-    return table.at[:, :, half : 2 * half].set(jnp.broadcast_to(along(cols)[None], (rows, cols, half)))
-
-
 class PositionEmbedder(nn.Module):
-    """Learned positions of a grid of patches, ``[N, D]``; resampled (bicubic) where training saw another grid."""
+    """Learned positions of a grid of patches, ``[N, D]``; resampled (bicubic) where training saw another grid.
+
+    They start as large as the tokens, so that attention can tell patches apart from the first step.
+    """
 
     hidden_size: int
     dtype: jnp.dtype
@@ -179,7 +160,7 @@ class PositionEmbedder(nn.Module):
     def __call__(self, rows: int, cols: int) -> Array:
         # asked for by hand: `self.param` refuses a table of another grid
         if not self.has_variable("params", "table"):
-            self.param("table", grid_features, (rows, cols, self.hidden_size), jnp.float32)
+            self.param("table", nn.initializers.normal(1.0), (rows, cols, self.hidden_size), jnp.float32)
         table = jnp.asarray(self.get_variable("params", "table"))
         if table.shape[:2] != (rows, cols):
             table = jax.image.resize(table, (rows, cols, self.hidden_size), method="bicubic")

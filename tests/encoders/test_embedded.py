@@ -15,7 +15,7 @@ from dit_jax.encoders.frozen import ASSETS
 from tools.tiny_encoders import aims, pictures
 
 COUNT = 200
-MARGINS = {"one_object": 0.01, "two_objects": 0.04}
+MARGINS = {"one_object": 0.01, "two_objects": 0.03}
 RETRIEVAL_MARGIN = 0.05
 EMOJI = 64
 
