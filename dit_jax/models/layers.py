@@ -84,7 +84,9 @@ class CrossAttention(nn.Module):
         width = self.num_heads * self.head_dim
         self.q = Dense(width, dtype=self.dtype, kernel_init=XAVIER)
         self.kv = Dense(2 * width, dtype=self.dtype, kernel_init=XAVIER)
-        self.out = Dense(self.hidden_size, dtype=self.dtype, kernel_init=XAVIER)
+        # from zero, so that a fresh block is the one without text (Chen et al. 2023, section 2.3)
+        zeros = nn.initializers.zeros_init()
+        self.out = Dense(self.hidden_size, dtype=self.dtype, kernel_init=zeros)
 
     def keys_values(self, tokens: Array) -> KeysValues:
         """Keys and values of text tokens ``[B, S, D]``."""
