@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
     c.data.num_pictures = 20_000  # shapes only: how many different pictures are drawn
     c.data.max_objects = 2  # shapes only: 1, 2 or 3 objects a picture
     c.data.encode = "once"  # once: encoder outputs are kept in memory | every_step: for sets that do not fit
-    c.data.validation_fraction = 0.0  # records set aside by a hash of their id and not trained on; nothing scores them yet
+    c.data.validation_fraction = 0.0  # set aside by a hash of their id; not trained on, not scored yet
     c.data.max_bad_fraction = 0.01  # more unreadable records than this stop the run
     c.data.workers = 0  # processes that read and decode; 0: threads of this one
 
