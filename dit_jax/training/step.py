@@ -102,6 +102,8 @@ class TrainStep:
 
         text = TextStates(batch["hidden"], batch["pooled"], batch["mask"])
         null = self.model.apply({"params": params}, B, method="null_text")
+        S = text.mask.shape[1]  # of this data; the null caption, of one token, is as long as the encoder allows
+        null = TextStates(null.hidden[:, :S], null.pooled, null.mask[:, :S])
         drop = jax.vmap(lambda key: jax.random.bernoulli(key, self.caption_dropout))(key_caption)
         text = jax.tree.map(lambda n, y: jnp.where(drop.reshape(B, *[1] * (y.ndim - 1)), n, y), null, text)
 

@@ -134,3 +134,13 @@ def test_the_average_warms_up(toy, batch):
     step = make_step(toy, ema_decay=0.9999)
     state, _ = jax.jit(step)(make_state(toy, step, at=0), batch)
     assert_close(state.ema, jax.tree.map(lambda p: 0.9 * p, state.params))
+
+
+def test_masked_tokens_behind_the_longest_caption_can_be_left_out(toy, batch):
+    step = make_step(toy)
+    short = batch["mask"].shape[1] - 1
+    masked = {**batch, "mask": batch["mask"] & (np.arange(short + 1) < short)}
+    trimmed = {**masked, "hidden": masked["hidden"][:, :short], "mask": masked["mask"][:, :short]}
+    keys = jax.random.split(jax.random.key(0), B)
+    losses = [jax.jit(step.loss)(toy.params, b, keys, jax.random.key(1)) for b in (masked, trimmed, batch)]
+    assert np.isclose(losses[0], losses[1], rtol=1e-6) and not np.isclose(losses[0], losses[2], rtol=1e-6)
