@@ -18,7 +18,8 @@ def get_config() -> ConfigDict:
     c.batch_size = 128  # pictures a step, over all devices
     c.accumulate = 1  # slices of the batch whose gradients are added up: less memory, same loss
 
-    # ---- optimizer (AdamW)
+    # ---- optimizer
+    c.optimizer = "adamw"  # adamw | muon: fewer pictures to the same loss, more work a step
     c.learning_rate = 1e-4  # peak
     c.learning_rate_schedule = "cosine"  # cosine | constant, after the warm-up
     c.warmup_steps = 500  # from 0 to the peak; cut to total_steps // 10 when it would be the whole run

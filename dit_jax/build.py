@@ -423,5 +423,7 @@ def make_optimizer(config: ConfigDict) -> tuple["optax.GradientTransformation", 
         schedule = optimizer.learning_rate_schedule(
             config.learning_rate_schedule, config.learning_rate, config.warmup_steps, config.total_steps
         )
-    adamw = optimizer.make_optimizer(schedule, config.adam_b1, config.adam_b2, config.weight_decay, config.clip_norm)
-    return adamw, schedule
+        made = optimizer.make_optimizer(
+            config.optimizer, schedule, config.adam_b1, config.adam_b2, config.weight_decay, config.clip_norm
+        )
+    return made, schedule

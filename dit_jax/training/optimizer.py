@@ -1,12 +1,15 @@
-"""AdamW with linear warm-up, cosine or constant decay, and clipping by the global norm."""
+"""AdamW or Muon with linear warm-up, cosine or constant decay, and clipping by the global norm."""
 
 from typing import Any
 
+import jax
 import optax
+import optax.contrib
 
 from dit_jax.trees import mask_by_name
 
 SCHEDULES = ("cosine", "constant")
+OPTIMIZERS = ("adamw", "muon")
 
 
 def learning_rate_schedule(name: str, peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
@@ -25,14 +28,29 @@ def learning_rate_schedule(name: str, peak: float, warmup_steps: int, total_step
 
 
 def make_optimizer(
-    schedule: optax.Schedule, b1: float, b2: float, weight_decay: float, clip_norm: float
+    name: str, schedule: optax.Schedule, b1: float, b2: float, weight_decay: float, clip_norm: float
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) behind clipping; only kernels decay, not biases, positions or null text."""
+    """An optimizer behind clipping; only kernels decay, not biases, positions or null text.
+
+    ``adamw`` is Loshchilov & Hutter 2019. ``muon`` (Jordan et al. 2024) turns the momentum of the blocks' kernels
+    into the nearest matrix with equal singular values, scaled to the size of AdamW's updates (Liu et al. 2025, with
+    0.2), so that learning rates carry over; everything outside the blocks, and vectors, stays with AdamW.
+
+    Raises:
+      ValueError: if ``name`` is not in `OPTIMIZERS`.
+    """
 
     def kernels(params: Any) -> Any:
-        return mask_by_name(params, lambda name: name.endswith("/kernel"))
+        return mask_by_name(params, lambda leaf: leaf.endswith("/kernel"))
 
-    return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=kernels),
-    )
+    def optimizer_of(params: Any) -> Any:
+        chosen = mask_by_name(params, lambda leaf: leaf.startswith("blocks_") and leaf.endswith("/kernel"))
+        return jax.tree.map(lambda yes: "muon" if yes else "adamw", chosen)
+
+    update = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=kernels)
+    if name == "muon":
+        muon = optax.contrib.muon(schedule, weight_decay=weight_decay, consistent_rms=0.2)
+        update = optax.partition({"muon": muon, "adamw": update}, optimizer_of)
+    elif name != "adamw":
+        raise ValueError(f"optimizer is {name!r}; it can be {', '.join(OPTIMIZERS)}")
+    return optax.chain(optax.clip_by_global_norm(clip_norm), update)
