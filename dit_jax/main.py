@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dit_jax.config import load_config
 from dit_jax.runtime import add_flags, run_program, set_up
 
 
@@ -38,9 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         overrides[flag.removeprefix("--config.")] = value
 
     def train() -> None:
-        from dit_jax import build
-
-        config = build.load_config(args.config, overrides)
+        config = load_config(args.config, overrides)
         set_up(args.allow_cpu, args.verbose)
         from dit_jax import train
 

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dit_jax.arrays import TextStates
+from dit_jax.config import read_run
 from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.runtime import add_flags, run_program, set_up
 
 if TYPE_CHECKING:
-    from ml_collections import ConfigDict
-
     from dit_jax.encoders import VAE, TextEncoder
     from dit_jax.encoders.tokenizer import LongPrompt
 
@@ -43,7 +43,7 @@ class Pipeline:
     Attributes: the arguments, by the same names.
     """
 
-    def __init__(self, config: "ConfigDict", vae: "VAE", text_encoder: "TextEncoder", params: Any, step: int) -> None:
+    def __init__(self, config: ConfigDict, vae: "VAE", text_encoder: "TextEncoder", params: Any, step: int) -> None:
         import jax
 
         from dit_jax import build
@@ -78,7 +78,7 @@ class Pipeline:
         if ema not in ("ema", "raw"):
             raise ConfigError(f"ema is {ema!r}; it can be ema, raw")
         workdir = Path(path)
-        config = build.read_run(workdir)
+        config = read_run(workdir)
         step = find_step(workdir / "checkpoints", step)
         vae, text_encoder = build.make_vae(config), build.make_text_encoder(config)
         saved = restore_metadata(workdir / "checkpoints", step)

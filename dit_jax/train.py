@@ -27,6 +27,7 @@ from PIL import Image
 import dit_jax
 from dit_jax import build
 from dit_jax.arrays import Array
+from dit_jax.config import take_over, to_json
 from dit_jax.data.loader import RawBatch, batches, scan
 from dit_jax.data.sources import Source
 from dit_jax.encoders import VAE, TextEncoder
@@ -56,7 +57,7 @@ def run(config: ConfigDict, workdir: Path) -> TrainState | None:
     """Train from the config, or from where ``workdir`` stands, to ``total_steps`` or ``stop_at_step``.
 
     Args:
-      config: as `dit_jax.build.load_config` returns it; its gaps are filled in place.
+      config: as `dit_jax.config.load_config` returns it; its gaps are filled in place.
       workdir: the run's folder; made if it is not there.
 
     Returns:
@@ -88,7 +89,7 @@ def run(config: ConfigDict, workdir: Path) -> TrainState | None:
     start = checkpoints.latest_step() or 0
     stop = min(config.stop_at_step or config.total_steps, config.total_steps)
     if start:
-        build.take_over(config, workdir)
+        take_over(config, workdir)
         refuse_another(restore_metadata(checkpoints.directory, start), identity)
     banner(config, workdir, start, mesh, len(source), (vae, text_encoder))
     if start >= stop:
@@ -101,7 +102,7 @@ def run(config: ConfigDict, workdir: Path) -> TrainState | None:
     # ---- data, state, step
     encoded_batches = prepare_data(config, workdir, source, vae, text_encoder)
     with writable(workdir):
-        write_whole(workdir / "config.json", build.to_json(config))
+        write_whole(workdir / "config.json", to_json(config))
     side = config.data.image_size // vae.factor
     if start:
         state = checkpoints.restore(start, abstract_state(model, optimizer, side, side, mesh))

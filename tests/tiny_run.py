@@ -4,7 +4,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from dit_jax import build, train
+from dit_jax import train
+from dit_jax.config import load_config
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.py"
 TINY = {
@@ -29,7 +30,7 @@ TINY = {
 def tiny_config(**changes: str) -> ConfigDict:
     """The config, with further overrides; dots of keys are written as double underscores."""
     overrides = {key.replace("__", "."): value for key, value in changes.items()}
-    return build.load_config(str(CONFIG), {**TINY, **overrides})
+    return load_config(str(CONFIG), {**TINY, **overrides})
 
 
 def tiny_flags(workdir: Path, **changes: str) -> list[str]:

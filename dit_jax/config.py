@@ -1,0 +1,175 @@
+"""Configs before they become objects: read from a file or a run, changed by key, compared with those of a run.
+
+`load_config` and `read_run` give a ``ConfigDict`` with the keys of ``configs/default.py``, `to_json` is how a run keeps
+it, and `take_over` holds a resumed run to what it was. Whether the values make sense is what `dit_jax.build` finds out.
+"""
+
+import ast
+import difflib
+import json
+import runpy
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dit_jax.errors import CheckpointError, ConfigError
+
+# What a run that is resumed may change; every other key must be what it was.
+CHANGEABLE = (
+    "stop_at_step",
+    "log_every",
+    "save_every",
+    "sample_every",
+    "keep_latest",
+    "keep_every",
+    "wandb_project",
+    "model.remat",
+    # where things lie; what they hold is compared by hash
+    "vae",
+    "text_encoder",
+    "data.source",
+    "data.workers",
+    "sample.sampler",
+    "sample.eta",
+    "sample.steps",
+    "sample.guidance_scale",
+    "sample.prompts",
+)
+
+
+# ------------------------------------------------------------------------------------------- reading and writing
+
+
+def load_config(spec: str, overrides: Mapping[str, str]) -> ConfigDict:
+    """A config from ``FILE.py[:key=value,...]`` or a run's ``config.json``, with overrides by dotted key.
+
+    Raises:
+      ConfigError: a missing file, an unknown key or a value of the wrong type.
+    """
+    name, colon, inline = spec.partition(":") if ":" in spec[2:] else (spec, "", "")
+    path = Path(name)
+    if not path.is_file():
+        presets = [str(p) for p in sorted(Path("configs").glob("*.py")) if p.stem not in ("__init__", "default")]
+        there_are = f"there are {', '.join(presets)}" if presets else "give its full path"
+        raise ConfigError(f"no config file {name} in {Path.cwd()}; {there_are}")
+    config = _fresh(read_json(path)) if path.suffix == ".json" else _run_config_file(path)
+    pairs = [item.partition("=") for item in inline.split(",")] if colon else []
+    apply_overrides(config, {key: value for key, _, value in pairs} | dict(overrides))
+    return config
+
+
+def _run_config_file(path: Path) -> ConfigDict:
+    """Import a config file and call its ``get_config``; `configs` beside it can be imported from it."""
+    root = str(path.resolve().parent.parent)
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    try:
+        return runpy.run_path(str(path))["get_config"]()
+    except (KeyError, AttributeError, TypeError, ImportError, SyntaxError) as error:
+        raise ConfigError(f"{path} does not make a config: {str(error).splitlines()[0]}") from error
+
+
+def _fresh(config: ConfigDict) -> ConfigDict:
+    """A run's config without what that run measured."""
+    config.latents.shift = config.latents.scale = ()
+    return config
+
+
+def read_json(path: Path) -> ConfigDict:
+    """A resolved config, as a run keeps it."""
+    try:
+        return ConfigDict(_tuples(json.loads(path.read_text())))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a config: {error}") from error
+
+
+def read_run(workdir: Path) -> ConfigDict:
+    """The config that a run was started with."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"no run in {workdir}: there is no {path}")
+    return read_json(path)
+
+
+def to_json(config: ConfigDict) -> str:
+    """A config as JSON text; `read_json` reads it back."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+# ----------------------------------------------------------------------------------------------- changing values
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """All values by dotted key."""
+    return {
+        f"{key}.{inner}" if inner else key: leaf
+        for key, value in config.items()
+        for inner, leaf in (flatten(value).items() if isinstance(value, ConfigDict) else [("", value)])
+    }
+
+
+def apply_overrides(config: ConfigDict, overrides: Mapping[str, str]) -> None:
+    """Set values from text, each read as the type of the value that it replaces."""
+    known = flatten(config)
+    for key, text in overrides.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ConfigError(f"unknown key {key!r}{hint}")
+        *parents, last = key.split(".")
+        section = config
+        for parent in parents:
+            section = section[parent]
+        section[last] = _parse(key, text, known[key])
+
+
+def _parse(key: str, text: str, old: Any) -> Any:
+    """``text`` as a value of the type of ``old``."""
+    kind = type(old)
+    try:
+        if kind is str:
+            return text
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        if kind is tuple:
+            value = ast.literal_eval(text) if text[:1] in ("(", "[") else tuple(text.split(",")) if text else ()
+            return tuple(value if isinstance(value, tuple | list) else [value])
+        return kind(text.replace("_", "") if kind is int else text)
+    except (ValueError, KeyError, SyntaxError, TypeError) as error:
+        raise ConfigError(f"{key} takes a {kind.__name__}, not {text!r} (it is {old!r})") from error
+
+
+# ----------------------------------------------------------------------------------------------------- comparing
+
+
+def take_over(config: ConfigDict, workdir: Path) -> None:
+    """Compare with the config of the run that is resumed, and fill gaps with what it measured.
+
+    Raises:
+      ConfigError: a key differs that a resumed run may not change.
+    """
+    old = read_run(workdir)
+    if not config.latents.scale and config.latents.normalize == old.latents.normalize:
+        config.latents = old.latents
+    changed = differences(old, config)
+    if changed:
+        raise ConfigError(
+            f"{workdir} belongs to a run with another config ({'; '.join(changed)});"
+            " give another --workdir, or set the keys back"
+        )
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """Keys that differ between a run's config and another, other than those that may change, as ``key: old -> new``."""
+    a, b = flatten(old), flatten(new)
+    changed = [key for key in sorted(a.keys() | b.keys()) if key not in CHANGEABLE and a.get(key) != b.get(key)]
+    return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in changed]

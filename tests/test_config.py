@@ -1,0 +1,92 @@
+"""Configs: typed overrides, a lossless round trip, and what a resumed run may change."""
+
+import json
+
+import pytest
+
+from configs import default
+from dit_jax.config import (
+    CHANGEABLE,
+    apply_overrides,
+    differences,
+    flatten,
+    load_config,
+    read_json,
+    read_run,
+    take_over,
+    to_json,
+)
+from dit_jax.errors import CheckpointError, ConfigError
+from tests.tiny_run import tiny_config
+
+
+def test_overrides_take_the_type_of_what_they_replace():
+    config = default.get_config()
+    apply_overrides(
+        config,
+        {
+            "total_steps": "1_000",
+            "learning_rate": "3e-4",
+            "model.num_layers": "12",
+            "model.dropout": "0",
+            "vae": "some/folder",
+            "sample.prompts": "a red circle,a blue square",
+        },
+    )
+    assert config.total_steps == 1000 and config.learning_rate == 3e-4 and config.model.num_layers == 12
+    assert isinstance(config.model.dropout, float) and config.vae == "some/folder"
+    assert config.sample.prompts == ("a red circle", "a blue square")
+    apply_overrides(config, {"sample.prompts": "['one, with a comma']"})
+    assert config.sample.prompts == ("one, with a comma",)
+
+
+@pytest.mark.parametrize("text", ["1.5", "x", ""])
+def test_a_value_of_another_type_is_refused(text):
+    with pytest.raises(ConfigError, match=f"batch_size takes a int, not '{text}'"):
+        apply_overrides(default.get_config(), {"batch_size": text})
+
+
+def test_a_config_file_takes_overrides_inline_and_from_flags():
+    config = load_config("configs/small.py:batch_size=64,model.num_layers=2", {"batch_size": "32"})
+    assert config.batch_size == 32 and config.model.num_layers == 2
+
+
+def test_a_resolved_config_comes_back_from_json(tmp_path):
+    config = tiny_config()
+    path = tmp_path / "config.json"
+    path.write_text(to_json(config))
+    again = load_config(str(path), {"batch_size": "16"})
+    assert differences(config, again) == ["batch_size: 8 -> 16"]
+    config.latents.scale = (2.0,)  # measured by that run; another one measures for itself
+    path.write_text(to_json(config))
+    assert load_config(str(path), {}).latents.scale == ()
+    assert again.sample.prompts == config.sample.prompts
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="is not a config"):
+        read_json(path)
+    with pytest.raises(CheckpointError, match="no run in"):
+        read_run(tmp_path / "nowhere")
+
+
+def test_only_the_listed_keys_may_change():
+    old, new = tiny_config(), tiny_config(log_every="7", sample__steps="9", stop_at_step="4")
+    assert differences(old, new) == []
+    assert all(key in flatten(default.get_config()) for key in CHANGEABLE)
+
+
+def test_a_run_keeps_the_latent_scale_that_it_measured(tmp_path):
+    old = tiny_config()
+    old.latents.shift, old.latents.scale = (0.1,), (2.0,)
+    (tmp_path / "config.json").write_text(to_json(old))
+    again = tiny_config()
+    take_over(again, tmp_path)
+    assert again.latents.scale == (2.0,)
+    with pytest.raises(ConfigError, match="latents.normalize: 'measured' -> 'vae'"):
+        take_over(tiny_config(latents__normalize="vae"), tmp_path)
+
+
+def test_every_shipped_config_is_whole():
+    for name in ("quickstart", "small", "emoji"):
+        config = load_config(f"configs/{name}.py", {})
+        assert flatten(config).keys() == flatten(default.get_config()).keys()
+        json.loads(to_json(config))
