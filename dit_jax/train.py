@@ -7,6 +7,7 @@ as a run that was never interrupted.
 """
 
 import contextlib
+import functools
 import itertools
 import os
 import platform
@@ -15,12 +16,14 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -37,7 +40,7 @@ from dit_jax.models.flops import peak_flops, training_flops
 from dit_jax.sample import Pipeline, make_grid, save_png
 from dit_jax.sharding import make_mesh, put_batch
 from dit_jax.training import encode
-from dit_jax.training.checkpoint import Checkpoints, restore_metadata
+from dit_jax.training.checkpoint import Checkpoints, Commit, restore_metadata
 from dit_jax.training.encode import EncodedBatch
 from dit_jax.training.progress import Progress, check_finite
 from dit_jax.training.state import TrainState, abstract_state, init_state
@@ -77,20 +80,15 @@ def run(config: ConfigDict, workdir: Path) -> TrainState | None:
     notes = build.resolve(config, len(source), vae, text_encoder, mesh.size)
     dtype = build.compute_dtype(config.dtype, jax.default_backend())
     model, process = build.make_model(config, dtype), build.make_process(config)
-    build.make_times(config, process)
+    build.make_times(config, process)  # needed later: what cannot be is refused before anything is written
     build.make_sampler(config, config.sample.sampler, process, process.schedule.grid(max(config.sample.steps, 1)))
     optimizer, learning_rate = build.make_optimizer(config)
     identity = {"data": source.fingerprint(), "vae": vae.sha256, "text_encoder": text_encoder.sha256}
 
     # ---- where it stands
-    with writable(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-        checkpoints = Checkpoints(workdir / "checkpoints", config.keep_latest, config.keep_every)
+    checkpoints = open_checkpoints(config, workdir, identity)
     start = checkpoints.latest_step() or 0
     stop = min(config.stop_at_step or config.total_steps, config.total_steps)
-    if start:
-        take_over(config, workdir)
-        refuse_another(restore_metadata(checkpoints.directory, start), identity)
     banner(config, workdir, start, mesh, len(source), (vae, text_encoder))
     if start >= stop:
         say(f"nothing to do: step {start} of {stop} is done")
@@ -110,78 +108,83 @@ def run(config: ConfigDict, workdir: Path) -> TrainState | None:
         state = init_state(model, optimizer, jax.random.key(config.seed), side, side, mesh)
     say(f"parameters: {count_parameters(state.params):,}; compute in {np.dtype(dtype).name}")
     step_function = build.make_step(config, model, process, optimizer, learning_rate)
-    pipeline = Pipeline(config, vae, text_encoder, state.ema, start)
-    prompts = config.sample.prompts or tuple(itertools.islice(source.captions(), GRID))
 
     # ---- the loop
-    with contextlib.ExitStack() as closing:
-        closing.callback(checkpoints.close)
-        writer = Writer(workdir, start, config.wandb_project, config.to_dict())
-        closing.callback(writer.close)
-        peak = peak_flops(jax.devices()[0].device_kind)
-        progress = Progress(
-            writer,
-            log_every=config.log_every,
-            start=start,
-            total_steps=config.total_steps,
-            batch_size=config.batch_size,
-            flops=training_flops(model, side, side),
-            peak=peak and peak * mesh.size,
-        )
-        closing.callback(progress.close)
-        train_step = None
-        coming = encoded_batches(start, stop)
-        for step in range(start + 1, stop + 1):
-            with progress.waiting():
-                batch = put_batch(next(coming), mesh)
-            if train_step is None:
-                train_step = compile_step(step_function, state, batch)
-                progress.restart()
-            state, metrics = train_step(state, batch)
-            progress.step(step, metrics)
-            if step == stop or is_due(step, config.save_every):
-                with progress.aside():
-                    check_finite(step, metrics)
-                    if commit := checkpoints.save(state, identity):
-                        progress.say(f"saved {commit}")
-                    progress.say(f"saving step={step}")
-            if is_due(step, config.sample_every) or (config.sample_every and step == config.total_steps):
-                with progress.aside():
-                    path = draw_samples(pipeline, state.ema, step, prompts, workdir / "samples", writer)
-                    progress.say(f"samples of step {step}: {path}")
-            if commit := checkpoints.committed():
-                progress.say(f"saved {commit}")
-        checkpoints.wait()
-        if commit := checkpoints.committed():
-            progress.say(f"saved {commit}")
+    with (
+        closing(checkpoints),
+        closing(Writer(workdir, start, config.wandb_project, config.to_dict())) as writer,
+        closing(make_progress(config, writer, start, training_flops(model, side, side), mesh)) as progress,
+    ):
+        pipeline = Pipeline(config, vae, text_encoder, state.ema, start)
+        prompts = config.sample.prompts or tuple(itertools.islice(source.captions(), GRID))
+        draw = functools.partial(draw_samples, pipeline, prompts, workdir / "samples", writer)
+        coming = map(functools.partial(put_batch, mesh=mesh), encoded_batches(start, stop))
+        steps = range(start + 1, stop + 1)
+        state = loop(config, state, steps, step_function, coming, checkpoints, identity, draw, progress)
     say(f"done: step {stop} of {config.total_steps}")
     return state
 
 
-def say(line: str) -> None:
-    """A line for the person who watches, at once."""
-    print(line, flush=True)
+def loop(
+    config: ConfigDict,
+    state: TrainState,
+    steps: range,
+    step_function: TrainStep,
+    coming: Iterator[dict[str, jax.Array]],
+    checkpoints: Checkpoints,
+    identity: dict[str, str],
+    draw: Callable[[Any, int], Path],
+    progress: Progress,
+) -> TrainState:
+    """Take the steps, and save and draw when it is due.
+
+    Args:
+      config: says what is due when.
+      state: after the step before the first.
+      coming: a batch a step, on the devices.
+      identity: saved with every checkpoint.
+      draw: parameters and step -> where the grid of samples was written.
+
+    Returns:
+      The state after the last step, which is saved and on disk.
+    """
+
+    def report(commit: Commit | None) -> None:
+        if commit:
+            progress.say(f"saved {commit}")
+
+    train_step = None
+    for step in steps:
+        with progress.waiting():
+            batch = next(coming)
+        if train_step is None:
+            train_step = compile_step(step_function, state, batch)
+            progress.restart()
+        state, metrics = train_step(state, batch)
+        progress.step(step, metrics)
+        if step == steps[-1] or is_due(step, config.save_every):
+            with progress.aside():
+                check_finite(step, metrics)
+                report(checkpoints.save(state, identity))
+                progress.say(f"saving step={step}")
+        if is_due(step, config.sample_every) or (config.sample_every and step == config.total_steps):
+            with progress.aside():
+                progress.say(f"samples of step {step}: {draw(state.ema, step)}")
+        report(checkpoints.committed())
+    checkpoints.wait()
+    report(checkpoints.committed())
+    return state
 
 
-def is_due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens now."""
-    return every > 0 and step % every == 0
-
-
-@contextlib.contextmanager
-def writable(workdir: Path) -> Iterator[None]:
-    """What cannot be written ends the run with the folder's name."""
-    try:
-        yield
-    except OSError as error:
-        raise WorkdirError(f"cannot write to {workdir}: {error.strerror or error}; give another --workdir") from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is either the old one or the new one, whenever the process ends."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+def open_checkpoints(config: ConfigDict, workdir: Path, identity: dict[str, str]) -> Checkpoints:
+    """The checkpoints of a run, which is a new one or the same as before in config, data and encoders."""
+    with writable(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        checkpoints = Checkpoints(workdir / "checkpoints", config.keep_latest, config.keep_every)
+    if start := checkpoints.latest_step():
+        take_over(config, workdir)
+        refuse_another(restore_metadata(checkpoints.directory, start), identity)
+    return checkpoints
 
 
 def refuse_another(saved: dict[str, str], found: dict[str, str]) -> None:
@@ -195,7 +198,7 @@ def refuse_another(saved: dict[str, str], found: dict[str, str]) -> None:
 
 
 def banner(
-    config: ConfigDict, workdir: Path, start: int, mesh: Any, records: int, encoders: Sequence[VAE | TextEncoder]
+    config: ConfigDict, workdir: Path, start: int, mesh: Mesh, records: int, encoders: Sequence[VAE | TextEncoder]
 ) -> None:
     """Say what runs, on what, with which data and encoders, and where it begins."""
     packages = " ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "orbax-checkpoint"))
@@ -251,12 +254,7 @@ def prepare_data(config: ConfigDict, workdir: Path, source: Source, vae: VAE, te
             return encode.encode_every_step(raw_batches(config.batch_size, start, stop), vae, text_encoder)
 
     if not config.latents.scale:
-        scale = vae.latent_scale
-        if config.latents.normalize == "measured":
-            some = list(encoded_batches(0, -(-min(MEASURED, len(source)) // config.batch_size)))
-            with build.config_errors("latents"):
-                scale = measure_scale(*(np.concatenate([batch[key] for batch in some]) for key in ("mean", "std")))
-        config.latents.shift, config.latents.scale = tuple(scale.shift.tolist()), tuple(scale.scale.tolist())
+        fill_latents(config, vae, encoded_batches, len(source))
     check = encode.check_start(first, vae, build.make_latents(config))
     say(
         f"start check: VAE round trip {check.psnr:.1f} dB, latents mean {check.latent_mean:.2f}"
@@ -274,6 +272,30 @@ def prepare_data(config: ConfigDict, workdir: Path, source: Source, vae: VAE, te
     return encoded_batches
 
 
+def fill_latents(config: ConfigDict, vae: VAE, encoded_batches: Batches, records: int) -> None:
+    """Write the shift and scale of latents into the config: the VAE's own, or as measured on the first records."""
+    scale = vae.latent_scale
+    if config.latents.normalize == "measured":
+        some = list(encoded_batches(0, -(-min(MEASURED, records) // config.batch_size)))
+        with build.config_errors("latents"):
+            scale = measure_scale(*(np.concatenate([batch[key] for batch in some]) for key in ("mean", "std")))
+    config.latents.shift, config.latents.scale = tuple(scale.shift.tolist()), tuple(scale.scale.tolist())
+
+
+def make_progress(config: ConfigDict, writer: Writer, start: int, flops: int, mesh: Mesh) -> Progress:
+    """What is said about a run; ``flops`` are of one training picture."""
+    peak = peak_flops(jax.devices()[0].device_kind)
+    return Progress(
+        writer,
+        log_every=config.log_every,
+        start=start,
+        total_steps=config.total_steps,
+        batch_size=config.batch_size,
+        flops=flops,
+        peak=peak and peak * mesh.size,
+    )
+
+
 def compile_step(step: TrainStep, state: TrainState, batch: dict[str, Array]) -> Callable[..., Any]:
     """Compile the train step for these shapes, and say how long that took."""
     say("compiling the train step ...")
@@ -284,7 +306,7 @@ def compile_step(step: TrainStep, state: TrainState, batch: dict[str, Array]) ->
 
 
 def draw_samples(
-    pipeline: Pipeline, params: Any, step: int, prompts: Sequence[str], folder: Path, writer: Writer
+    pipeline: Pipeline, prompts: Sequence[str], folder: Path, writer: Writer, params: Any, step: int
 ) -> Path:
     """Draw the fixed prompts with fixed noise and these parameters; write a grid and show it on TensorBoard."""
     pipeline.params, pipeline.step = params, step
@@ -295,3 +317,29 @@ def draw_samples(
     save_png(grid, path, {"prompt": "\n".join(prompts), "seed": f"0 to {len(prompts) - 1}", "step": str(step)})
     writer.image(step, "samples", np.asarray(grid))
     return path
+
+
+def say(line: str) -> None:
+    """A line for the person who watches, at once."""
+    print(line, flush=True)
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens now."""
+    return every > 0 and step % every == 0
+
+
+@contextlib.contextmanager
+def writable(workdir: Path) -> Iterator[None]:
+    """What cannot be written ends the run with the folder's name."""
+    try:
+        yield
+    except OSError as error:
+        raise WorkdirError(f"cannot write to {workdir}: {error.strerror or error}; give another --workdir") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is either the old one or the new one, whenever the process ends."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
