@@ -1,7 +1,7 @@
 """What the embedded encoders can do, measured on fewer pictures than the tool that makes them uses.
 
 A share of 200 that just reaches its aim falls short of it by chance: the margin for one object is two standard errors.
-For two objects the shipped weights miss their aims (`dit_jax/assets/README.md`); those margins hold what they do reach.
+For two objects the shipped VAE misses its aim (`dit_jax/assets/README.md`); that margin holds what it does reach.
 """
 
 from pathlib import Path
@@ -16,7 +16,6 @@ from tools.tiny_encoders import aims, pictures
 
 COUNT = 200
 MARGINS = {"one_object": 0.01, "two_objects": 0.03}
-RETRIEVAL_MARGIN = 0.1  # 256 scenes find 0.867; the CLIP learnt when objects stood anywhere in the frame
 EMOJI = 64
 
 
@@ -58,12 +57,25 @@ def test_scaled_latents_have_about_unit_variance(vae: VAE):
 
 def test_clip_finds_the_caption_among_64(clip: aims.Clip):
     scenes = evaluation_scenes("two_objects", 4 * aims.CHOICES)
-    assert aims.scene_retrieval(clip, scenes) >= aims.AIMS["retrieval two_objects"] - RETRIEVAL_MARGIN
+    assert aims.scene_retrieval(clip, scenes) >= aims.AIMS["retrieval two_objects"]
 
 
 def test_clip_tells_a_caption_from_one_with_a_single_fault(clip: aims.Clip):
     scenes = evaluation_scenes("two_objects", COUNT)
-    assert aims.nearly_right(clip, scenes) >= 0.7  # 0.5 is a coin
+    assert aims.nearly_right(clip, scenes) >= 0.8  # 0.5 is a coin
+
+
+@pytest.mark.parametrize("words", [RADII, COLOURS, OUTLINES])
+def test_states_of_different_words_lie_far_apart(text: TextEncoder, words: dict):
+    """What cross-attention reads; a model cannot draw a difference that its text hardly shows."""
+    template = {"large": "{} red circle", "red": "large {} circle", "circle": "large red {}"}
+    sentence = next(template[word] for word in words if word in template)
+    captions = [sentence.format(word) for word in words]
+    place = 1 + sentence.split().index("{}")  # after the start of text
+    states = np.asarray(text(captions).hidden)[:, place]
+    states = (states - states.mean(axis=1, keepdims=True)) / states.std(axis=1, keepdims=True)
+    distances = np.linalg.norm(states[:, None] - states[None], axis=-1)[~np.eye(len(states), dtype=bool)]
+    assert distances.min() > 0.25 * np.sqrt(2 * states.shape[1])  # of the distance of unrelated states
 
 
 def test_the_text_encoder_is_the_text_tower_of_the_clip(clip: aims.Clip, text: TextEncoder):

@@ -21,7 +21,8 @@ END_OF_WORD = "</w>"
 START_OF_TEXT, END_OF_TEXT = "<|startoftext|>", "<|endoftext|>"
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
-EDITS = ("size", "colour", "shape", "relation", "swap colours", "swap shapes")
+ATTRIBUTES = ("size", "colour", "shape")
+EDITS = (*ATTRIBUTES, "relation", "swap colours", "swap shapes")
 
 
 def write_tokenizer(texts: Iterable[str], num_tokens: int, length: int, output: Path) -> dict[str, int]:
@@ -67,22 +68,24 @@ def meaning(scene: Scene) -> str:
     return sentence(scene.objects, scene.relation, "{}")
 
 
-def wrong_caption(rng: np.random.Generator, scene: Scene) -> str:
+def wrong_caption(rng: np.random.Generator, scene: Scene, edits: Sequence[str] = EDITS) -> str:
     """A caption that differs from the scene in one point: an attribute, the relation, or which object has which.
 
-    It never names a held-out combination of colour and shape.
+    It never names a held-out combination of colour and shape. For scenes of one object `edits` must hold an attribute.
     """
     while True:
-        objects, relation = _edited(rng, scene)
+        objects, relation = _edited(rng, scene, edits)
         allowed = all((item.colour, item.shape) not in HELD_OUT for item in objects)
         if allowed and (_looks(objects), relation) != (_looks(scene.objects), scene.relation):
             return sentence(objects, relation, _choose(rng, PHRASINGS))
 
 
-def _edited(rng: np.random.Generator, scene: Scene) -> tuple[tuple[Object, ...], str | None]:
+def _edited(
+    rng: np.random.Generator, scene: Scene, edits: Sequence[str]
+) -> tuple[tuple[Object, ...], str | None]:
     """Objects and relation after one random edit, which may have changed nothing."""
     objects, relation = list(scene.objects), scene.relation
-    edit = _choose(rng, EDITS if relation else EDITS[:3])
+    edit = _choose(rng, edits if relation else [edit for edit in edits if edit in ATTRIBUTES])
     if edit == "relation":
         return scene.objects, _choose(rng, list(RELATIONS))
     if edit.startswith("swap"):

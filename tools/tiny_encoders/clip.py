@@ -8,6 +8,11 @@ cosines c_ij of picture i and caption j at the learnt inverse temperature s,
 where CE is the cross-entropy of a softmax, from which captions that are also true of a picture are left out.
 That is the loss of Radford et al. (arXiv:2103.00020, figure 3) with the hard negatives of Yuksekgonul et al.
 (arXiv:2210.01936, section 4): without them a bag of words is enough, and which object has which colour is lost.
+
+A diffusion model reads the states of single words, which this loss sees only through the state at the end of the
+text. Words therefore start far apart, at `WORD_DEVIATION`: begun from nearly nothing, as CLIP's are, they drown
+in what a short training adds to them, and "a circle" reads almost like "a square". Half of the wrong captions name
+another shape, because shapes are what the picture tower, with patches as large as small objects, sees last.
 """
 
 import json
@@ -81,7 +86,8 @@ PREPROCESSOR = {
     "image_std": [0.5, 0.5, 0.5],
     "do_convert_rgb": True,
 }
-SHAPES_BATCH = 64  # pictures of the shapes world, each with a true and a wrong caption
+WORD_DEVIATION = 1.0  # of token embeddings at the start; positions have half of it
+SHAPES_BATCH = 64  # pictures of the shapes world, each with a true and two wrong captions
 REAL_BATCH = 16
 LEAST_CUT = 104  # px; real pictures are cut this far at most, so that the caption stays true
 PEAK_LEARNING_RATE = 1e-3
@@ -104,18 +110,20 @@ def batches(
     steps: int,
 ) -> Iterator[Batch]:
     """Pictures [n, ...], the ids and masks of n + k captions, and which of them are true of which picture."""
+    longest = int(tokenizer([scene.caption for scene in scenes] + real.captions)[1].sum(axis=1).max())
     for _ in range(steps):
         i = rng.integers(len(scenes), size=SHAPES_BATCH)
         j = rng.integers(len(real.images), size=REAL_BATCH)
         cuts = [random_cut(rng, image, int(rng.integers(LEAST_CUT, FOLDER_SIZE + 1))) for image in real.images[j]]
         captions = [scenes[k].caption for k in i] + [real.captions[k] for k in j]
         wrong = [wrong_caption(rng, scenes[k]) for k in i]
+        wrong += [wrong_caption(rng, scenes[k], ("shape", "swap shapes")) for k in i]
         meanings = np.array([meaning(scenes[k]) for k in i] + captions[SHAPES_BATCH:])
         ids, mask = tokenizer(captions + wrong)
         yield {
             "images": to_signed(np.concatenate([drawn[i], np.stack(cuts)])),
-            "ids": ids,
-            "mask": mask,
+            "ids": ids[:, :longest],
+            "mask": mask[:, :longest],
             "same": meanings[:, None] == meanings[None],  # [n, n]
         }
 
@@ -154,10 +162,17 @@ def train(scenes: list[Scene], drawn: np.ndarray, real: Captioned, steps: int, s
 
     text = text_network(CONFIG, project=True, skip_layers=0, final_norm=True, dtype=jnp.float32)
     vision = vision_network(CONFIG, project=True, dtype=jnp.float32)
-    text_key, vision_key = jax.random.split(jax.random.key(seed))
+    text_key, vision_key, word_key, position_key = jax.random.split(jax.random.key(seed), 4)
     ids = jnp.zeros((1, LENGTH), jnp.int32)
+    text_params = text.init(text_key, ids, ids == 0)["params"]
+    for name, key, deviation in (
+        ("token_embedding", word_key, WORD_DEVIATION),
+        ("position_embedding", position_key, WORD_DEVIATION / 2),
+    ):
+        table = text_params["embeddings"][name]
+        table["embedding"] = deviation * jax.random.normal(key, table["embedding"].shape)
     params = {
-        "text": text.init(text_key, ids, ids == 0)["params"],
+        "text": text_params,
         "vision": vision.init(vision_key, jnp.zeros((1, 64, 64, 3)))["params"],
         "logit_scale": jnp.float32(CONFIG["logit_scale_init_value"]),
     }
