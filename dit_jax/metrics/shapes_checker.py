@@ -39,7 +39,7 @@ from dit_jax.data.shapes_world import (
 # Distances are Euclidean in RGB levels (0 to 255).
 MAX_CHROMA = 45  # max - min of the channels of a pixel that may be background
 MIN_BACKGROUND = 0.25  # share of the picture; three of the largest objects leave more
-MIN_CONTRAST = 40  # of an object's pixels to the background; the weakest pair, pink on light grey, has 93
+MIN_CONTRAST = 40  # of an object's pixels to the background; the weakest pair, pink on grey, has 92
 MIN_AREA = 8  # pixels; smaller pieces are specks. The smallest object has 75
 MAX_COLOUR_ERROR = 50  # half the distance of the two nearest colours, red and orange
 MAX_OFF_COLOUR = 0.2  # share of an object's area that may be far from the line background-colour
@@ -218,10 +218,10 @@ def _unit_centroid(shape: str) -> np.ndarray:
 
 def _draw_alone(shape: str, radius: float, x: float, y: float) -> np.ndarray:
     """Soft coverage `[64, 64]` of one object, drawn by the shapes world."""
-    item = Object("large", "yellow", shape, float(x), float(y), radius)
-    background = np.array(BACKGROUNDS["black"], np.float32)
-    image = render(Scene((item,), None, "black", ""))
-    sharp = _coverage(image - background, COLOURS["yellow"] - background)
+    item = Object("large", "red", shape, float(x), float(y), radius)
+    background = np.array(BACKGROUNDS["white"], np.float32)
+    image = render(Scene((item,), None, "white", ""))
+    sharp = _coverage(image - background, COLOURS["red"] - background)
     return ndimage.gaussian_filter(sharp, TEMPLATE_BLUR)
 
 

@@ -155,15 +155,15 @@ def test_all_attributes_are_about_equally_frequent(scenes):
 @pytest.mark.parametrize("shape", OUTLINES)
 def test_a_rendered_shape_covers_its_outline(shape):
     rng = np.random.default_rng(0)
-    black, yellow = BACKGROUNDS["black"][0], COLOURS["yellow"][0]
+    white, red = BACKGROUNDS["white"][2], COLOURS["red"][2]
     errors = []
     for x, y, radius in rng.uniform((20, 20, 7), (44, 44, 14), size=(50, 3)):
-        item = Object("large", "yellow", shape, x, y, radius)
-        image = render(Scene((item,), None, "black", "")).astype(float)
-        np.testing.assert_array_equal(image[int(y), int(x)], COLOURS["yellow"])
-        np.testing.assert_array_equal(image[0, 0], BACKGROUNDS["black"])
+        item = Object("large", "red", shape, x, y, radius)
+        image = render(Scene((item,), None, "white", "")).astype(float)
+        np.testing.assert_array_equal(image[int(y), int(x)], COLOURS["red"])
+        np.testing.assert_array_equal(image[0, 0], BACKGROUNDS["white"])
 
-        covered = (image[..., 0] - black) / (yellow - black)
+        covered = (image[..., 2] - white) / (red - white)
         px, py = item.outline.T
         pieces = np.roll(px, -1) * py - px * np.roll(py, -1)  # shoelace formula: twice the signed area
         assert 1 < covered.sum() / abs(pieces.sum() / 2) < 1.1  # Pillow draws the border line of a polygon, too

@@ -80,9 +80,7 @@ def wrong_caption(rng: np.random.Generator, scene: Scene, edits: Sequence[str] =
             return sentence(objects, relation, _choose(rng, PHRASINGS))
 
 
-def _edited(
-    rng: np.random.Generator, scene: Scene, edits: Sequence[str]
-) -> tuple[tuple[Object, ...], str | None]:
+def _edited(rng: np.random.Generator, scene: Scene, edits: Sequence[str]) -> tuple[tuple[Object, ...], str | None]:
     """Objects and relation after one random edit, which may have changed nothing."""
     objects, relation = list(scene.objects), scene.relation
     edit = _choose(rng, edits if relation else [edit for edit in edits if edit in ATTRIBUTES])
