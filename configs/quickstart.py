@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     c.total_steps = 4_000
     c.batch_size = 64
     c.optimizer = "muon"
-    c.learning_rate = 3e-3
+    c.learning_rate = 5e-3
     c.warmup_steps = 100
     c.adam_b2 = 0.99
     c.weight_decay = 0.0
@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     c.diffusion.schedule = "rectified_flow"
     c.diffusion.prediction = "flow"
     c.diffusion.times = "logit_normal"
+    c.diffusion.logit_mean = 1.0  # near the noise, where it is decided what stands where
     c.model.hidden_size = 128
     c.model.num_layers = 6
     c.model.num_heads = 4

@@ -30,7 +30,7 @@ SHAPES_SEED = 2024
 NUM_SHAPES = 20_000
 OBJECTS = (1, 2, 2, 3)  # two objects twice as often
 VAE_STEPS = 4500
-CLIP_STEPS = 1800
+CLIP_STEPS = 3000
 EVALUATION_SCENES = 1000
 
 _PICTURES = flags.DEFINE_string("pictures", None, "folder of captioned pictures, 128 px", required=True)

@@ -10,9 +10,9 @@ That is the loss of Radford et al. (arXiv:2103.00020, figure 3) with the hard ne
 (arXiv:2210.01936, section 4): without them a bag of words is enough, and which object has which colour is lost.
 
 A diffusion model reads the states of single words, which this loss sees only through the state at the end of the
-text. Words therefore start far apart, at `WORD_DEVIATION`: begun from nearly nothing, as CLIP's are, they drown
-in what a short training adds to them, and "a circle" reads almost like "a square". Half of the wrong captions name
-another shape, because shapes are what the picture tower, with patches as large as small objects, sees last.
+text. Words and places therefore start far apart, at `WORD_DEVIATION` and `PLACE_DEVIATION`: begun from nearly nothing,
+as CLIP's are, they drown in what a short training adds to them, "a circle" reads almost like "a square", and neither
+tower knows left from right. Half of the wrong captions are of the kinds that are learnt last.
 """
 
 import json
@@ -86,7 +86,9 @@ PREPROCESSOR = {
     "image_std": [0.5, 0.5, 0.5],
     "do_convert_rgb": True,
 }
-WORD_DEVIATION = 1.0  # of token embeddings at the start; positions have half of it
+WORD_DEVIATION = 1.0  # of token embeddings at the start
+PLACE_DEVIATION = 0.5  # of position embeddings at the start, in both towers
+HARD_EDITS = ("shape", "relation", "swap colours", "swap shapes")  # of every second wrong caption
 SHAPES_BATCH = 64  # pictures of the shapes world, each with a true and two wrong captions
 REAL_BATCH = 16
 LEAST_CUT = 104  # px; real pictures are cut this far at most, so that the caption stays true
@@ -117,7 +119,7 @@ def batches(
         cuts = [random_cut(rng, image, int(rng.integers(LEAST_CUT, FOLDER_SIZE + 1))) for image in real.images[j]]
         captions = [scenes[k].caption for k in i] + [real.captions[k] for k in j]
         wrong = [wrong_caption(rng, scenes[k]) for k in i]
-        wrong += [wrong_caption(rng, scenes[k], ("shape", "swap shapes")) for k in i]
+        wrong += [wrong_caption(rng, scenes[k], HARD_EDITS) for k in i]
         meanings = np.array([meaning(scenes[k]) for k in i] + captions[SHAPES_BATCH:])
         ids, mask = tokenizer(captions + wrong)
         yield {
@@ -162,20 +164,21 @@ def train(scenes: list[Scene], drawn: np.ndarray, real: Captioned, steps: int, s
 
     text = text_network(CONFIG, project=True, skip_layers=0, final_norm=True, dtype=jnp.float32)
     vision = vision_network(CONFIG, project=True, dtype=jnp.float32)
-    text_key, vision_key, word_key, position_key = jax.random.split(jax.random.key(seed), 4)
+    text_key, vision_key, embedding_key = jax.random.split(jax.random.key(seed), 3)
     ids = jnp.zeros((1, LENGTH), jnp.int32)
-    text_params = text.init(text_key, ids, ids == 0)["params"]
-    for name, key, deviation in (
-        ("token_embedding", word_key, WORD_DEVIATION),
-        ("position_embedding", position_key, WORD_DEVIATION / 2),
-    ):
-        table = text_params["embeddings"][name]
-        table["embedding"] = deviation * jax.random.normal(key, table["embedding"].shape)
     params = {
-        "text": text_params,
+        "text": text.init(text_key, ids, ids == 0)["params"],
         "vision": vision.init(vision_key, jnp.zeros((1, 64, 64, 3)))["params"],
         "logit_scale": jnp.float32(CONFIG["logit_scale_init_value"]),
     }
+    for tower, name, deviation in (
+        ("text", "token_embedding", WORD_DEVIATION),
+        ("text", "position_embedding", PLACE_DEVIATION),
+        ("vision", "position_embedding", PLACE_DEVIATION),
+    ):
+        embedding_key, key = jax.random.split(embedding_key)
+        table = params[tower]["embeddings"][name]
+        table["embedding"] = deviation * jax.random.normal(key, table["embedding"].shape)
     schedule = optax.warmup_cosine_decay_schedule(0, PEAK_LEARNING_RATE, WARMUP_STEPS, steps)
     matrices = jax.tree.map(lambda leaf: leaf.ndim > 1, params)
     optimizer = optax.chain(
