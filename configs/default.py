@@ -16,15 +16,18 @@ def get_config() -> ConfigDict:
     c.total_epochs = 0  # only read when total_steps is 0
     c.stop_at_step = 0  # save and stop after this step although the run is longer; 0 is off
     c.batch_size = 128  # pictures a step, over all devices
-    c.accumulate = 1  # slices of the batch whose gradients are added up: less memory, same loss
+    c.accumulate = (
+        1  # slices of the batch whose gradients are added up: less memory, same loss but for the draws of dropout
+    )
 
     # ---- optimizer
     c.optimizer = "adamw"  # adamw | muon: fewer pictures to the same loss, more work a step
     c.learning_rate = 1e-4  # peak
     c.learning_rate_schedule = "cosine"  # cosine | constant, after the warm-up
     c.warmup_steps = 500  # from 0 to the peak; cut to total_steps // 10 when it would be the whole run
-    c.adam_b1 = 0.9
+    c.adam_b1 = 0.9  # muon: of what stays with AdamW; the blocks' kernels have muon_momentum
     c.adam_b2 = 0.999
+    c.muon_momentum = 0.95
     c.weight_decay = 0.01  # of kernels only
     c.clip_norm = 1.0  # global norm of the gradient
     c.ema_decay = 0.9999  # of the averaged parameters that samples are drawn with

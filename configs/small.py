@@ -4,7 +4,8 @@
         --config.vae=sd-vae-ft-mse --config.text_encoder=clip-vit-large-patch14
 
 The last two are folders with the published files; with those it has 19.9 M parameters. Without them the embedded
-encoders are used. Made for one RTX 4090; not trained to its end yet, so there is no figure here.
+encoders are used, and without a source the shapes world, whose pictures of 64 px are enlarged. Made for one RTX 4090;
+not trained to its end yet, so there is no figure here.
 """
 
 from ml_collections import ConfigDict

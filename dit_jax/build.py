@@ -267,6 +267,12 @@ def make_optimizer(config: ConfigDict) -> tuple["optax.GradientTransformation", 
             config.learning_rate_schedule, config.learning_rate, config.warmup_steps, config.total_steps
         )
         made = optimizer.make_optimizer(
-            config.optimizer, schedule, config.adam_b1, config.adam_b2, config.weight_decay, config.clip_norm
+            config.optimizer,
+            schedule,
+            config.adam_b1,
+            config.adam_b2,
+            config.muon_momentum,
+            config.weight_decay,
+            config.clip_norm,
         )
     return made, schedule

@@ -53,7 +53,7 @@ install_into() {
   if [ -f "$stamp" ]; then
     installed=$(cat "$stamp")
   fi
-  if [ "$installed" = "$wanted" ]; then
+  if [ "$installed" = "$wanted" ] && [ -x "$folder/bin/python" ]; then
     return
   fi
   if [ -n "$installed" ] && [ "${installed%%$'\n'*}" != "$extras" ]; then

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh clone to pictures that follow their prompts: installs dit_jax, trains the quickstart model on the
-# shapes world, draws prompts that it never saw and scores it. Run again, it resumes, or only draws and scores.
+# shapes world, draws and scores prompts of seeds that it never saw. Run again, it resumes, or only draws and scores.
 #
 #   bash launch/quickstart.sh                    made for a quarter of an hour on two CPU cores
 #   bash launch/quickstart.sh --print_extra      only says which accelerator it would install for

@@ -56,7 +56,7 @@ class BadRecord(Exception):
 class Source(Protocol):
     """A finite collection of captioned pictures with random access.
 
-    ``ids``, ``captions`` and ``fingerprint`` are cheap: they decode and draw no picture.
+    ``ids``, ``captions`` and ``fingerprint`` are cheap: they decode no file and draw a few pictures at most.
     """
 
     name: str
@@ -102,7 +102,8 @@ class Folder:
       4. ``cat.jpg`` with ``cat.txt`` beside it, in any depth of subfolders
 
     Records keep the order of the metadata file, or that of the sorted file names. File names are relative to
-    the folder and may not leave it; symbolic links in it are followed: download caches are made of them.
+    the folder and may not leave it; links to files are followed, since download caches are made of them, links to
+    folders are not searched for pairs.
 
     Raises:
       DataError: no such folder, no captions in it, or not one usable row.

@@ -65,7 +65,7 @@ def encode_once(chunks: Iterable[RawBatch], vae: VAE, text_encoder: TextEncoder,
     means, stds, texts, caption = [], [], [], []
     number: dict[bytes, int] = {}
     for raw in chunks:
-        images = to_unit(raw["image"])
+        images = to_signed(raw["image"])
         moments = [vae.encode(side) for side in ([images, images[:, :, ::-1]] if flip else [images])]
         means.append(np.stack([np.asarray(mean) for mean, _ in moments], axis=1))
         stds.append(np.stack([np.asarray(std) for _, std in moments], axis=1))
@@ -93,7 +93,7 @@ def encode_once(chunks: Iterable[RawBatch], vae: VAE, text_encoder: TextEncoder,
 def encode_every_step(raw_batches: Iterable[RawBatch], vae: VAE, text_encoder: TextEncoder) -> Iterator[EncodedBatch]:
     """Encode raw batches as they come."""
     for raw in raw_batches:
-        mean, std = vae.encode(to_unit(raw["image"]))
+        mean, std = vae.encode(to_signed(raw["image"]))
         hidden, pooled, mask = _encode_text(text_encoder, raw["ids"], raw["mask"])
         yield {
             "mean": np.asarray(mean),
@@ -104,7 +104,7 @@ def encode_every_step(raw_batches: Iterable[RawBatch], vae: VAE, text_encoder: T
         }
 
 
-def to_unit(image: np.ndarray) -> np.ndarray:
+def to_signed(image: np.ndarray) -> np.ndarray:
     """uint8 pictures to float32 in [-1, 1]."""
     return image.astype(np.float32) / 127.5 - 1.0
 
@@ -146,7 +146,7 @@ class StartCheck:
 
 def check_start(raw: RawBatch, vae: VAE, latents: LatentScale) -> StartCheck:
     """Send the pictures of one raw batch through the VAE and back, and look at latents and captions."""
-    images = to_unit(raw["image"])
+    images = to_signed(raw["image"])
     mean, _ = vae.encode(images)
     error = float(np.mean(np.square(np.asarray(vae.decode(mean)) - images)))
     model = np.asarray(latents.to_model(mean))

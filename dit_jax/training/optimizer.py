@@ -28,13 +28,19 @@ def learning_rate_schedule(name: str, peak: float, warmup_steps: int, total_step
 
 
 def make_optimizer(
-    name: str, schedule: optax.Schedule, b1: float, b2: float, weight_decay: float, clip_norm: float
+    name: str,
+    schedule: optax.Schedule,
+    b1: float,
+    b2: float,
+    muon_momentum: float,
+    weight_decay: float,
+    clip_norm: float,
 ) -> optax.GradientTransformation:
     """An optimizer behind clipping; only kernels decay, not biases, positions or null text.
 
-    ``adamw`` is Loshchilov & Hutter 2019. ``muon`` (Jordan et al. 2024) turns the momentum of the blocks' kernels
-    into the nearest matrix with equal singular values, scaled to the size of AdamW's updates (Liu et al. 2025, with
-    0.2), so that learning rates carry over; everything outside the blocks, and vectors, stays with AdamW.
+    ``adamw`` is Loshchilov & Hutter 2019. ``muon`` (Jordan et al. 2024) turns the Nesterov momentum of the blocks'
+    kernels into the nearest matrix with equal singular values, scaled to the size of AdamW's updates (Liu et al. 2025,
+    with 0.2), so that learning rates carry over; everything outside the blocks, and vectors, stays with AdamW.
 
     Raises:
       ValueError: if ``name`` is not in `OPTIMIZERS`.
@@ -49,7 +55,7 @@ def make_optimizer(
 
     update = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=kernels)
     if name == "muon":
-        muon = optax.contrib.muon(schedule, weight_decay=weight_decay, consistent_rms=0.2)
+        muon = optax.contrib.muon(schedule, beta=muon_momentum, weight_decay=weight_decay, consistent_rms=0.2)
         update = optax.partition({"muon": muon, "adamw": update}, optimizer_of)
     elif name != "adamw":
         raise ValueError(f"optimizer is {name!r}; it can be {', '.join(OPTIMIZERS)}")

@@ -40,7 +40,8 @@ class TrainStep:
       optimizer, learning_rate: the transformation and its schedule (for the log).
       caption_dropout: probability that a caption is replaced by the null caption.
       ema_decay: of the moving average; the first steps use ``(1 + step) / (10 + step)`` where that is smaller.
-      accumulate: into how many slices the batch is cut; the loss is the same for every value.
+      accumulate: into how many slices the batch is cut; the loss is the same for every value but for
+        the draws of dropout.
       seed: of all randomness.
     """
 

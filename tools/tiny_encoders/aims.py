@@ -13,10 +13,11 @@ from dit_jax.encoders.networks import read_config, text_network, vision_network
 from dit_jax.encoders.tokenizer import Tokenizer
 from dit_jax.encoders.weights import TEXT_PREFIX, VISION_PREFIX, read_tensors, to_linen, weight_files
 from dit_jax.metrics.shapes_checker import check
+from dit_jax.training.encode import to_signed
 
 from .captions import meaning, wrong_caption
 from .clip import unit
-from .pictures import Captioned, read_folder, to_signed, to_uint8
+from .pictures import Captioned, read_folder, to_uint8
 
 VAE_FOLDER, CLIP_FOLDER = "tiny_vae", "tiny_clip"
 MAX_BYTES = 4_000_000

@@ -33,9 +33,10 @@ from dit_jax.encoders.networks import text_network, vision_network
 from dit_jax.encoders.tokenizer import Tokenizer
 from dit_jax.encoders.weights import TEXT_PREFIX, VISION_PREFIX, to_published
 from dit_jax.sharding import make_mesh, put_batch, replicated
+from dit_jax.training.encode import to_signed
 
 from .captions import END_OF_TEXT, START_OF_TEXT, meaning, write_tokenizer, wrong_caption
-from .pictures import FOLDER_SIZE, Captioned, random_cut, to_signed
+from .pictures import FOLDER_SIZE, Captioned, random_cut
 
 NUM_TOKENS = 1280
 LENGTH = 32

@@ -80,11 +80,6 @@ def recolour(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     return 255 - image if rng.random() < 0.15 else image
 
 
-def to_signed(images: np.ndarray) -> np.ndarray:
-    """uint8 to float32 in [-1, 1]."""
-    return images.astype(np.float32) / 127.5 - 1
-
-
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """[-1, 1] to uint8, clipped and rounded."""
     return np.clip(np.round((np.asarray(images) + 1) * 127.5), 0, 255).astype(np.uint8)

@@ -25,8 +25,9 @@ from dit_jax.data.shapes_world import IMAGE_SIZE
 from dit_jax.encoders.networks import vae_network
 from dit_jax.encoders.weights import VAE_PREFIX, to_published
 from dit_jax.sharding import make_mesh, put_batch, replicated
+from dit_jax.training.encode import to_signed
 
-from .pictures import FOLDER_SIZE, random_cut, recolour, to_signed
+from .pictures import FOLDER_SIZE, random_cut, recolour
 
 CONFIG = {
     "_class_name": "AutoencoderKL",
