@@ -59,13 +59,29 @@ choose_extras() {
 workdir=runs/quickstart
 print_extra=false
 train_arguments=()
-for argument in "$@"; do
-  case $argument in
+while [ $# -gt 0 ]; do
+  case $1 in
+    --help | -h)
+      { # the comment at the head of this file
+        read -r _
+        while IFS= read -r line && [[ $line == "#"* ]]; do echo "${line:2}"; done
+      } <launch/quickstart.sh
+      exit
+      ;;
     --print_extra) print_extra=true ;;
-    --workdir=*) workdir=${argument#*=} ;;
+    --workdir=*) workdir=${1#*=} ;;
+    --workdir)
+      if [ $# -eq 1 ]; then
+        echo "--workdir needs a folder" >&2
+        exit 2
+      fi
+      workdir=$2
+      shift
+      ;;
     --) ;;
-    *) train_arguments+=("$argument") ;;
+    *) train_arguments+=("$1") ;;
   esac
+  shift
 done
 
 choose_extras

@@ -94,6 +94,20 @@ def test_it_installs_trains_draws_and_scores(machine):
     ]
 
 
+def test_the_folder_may_be_a_word_of_its_own(machine):
+    machine.add("python3", STAND_IN_PYTHON)
+    assert machine.run("quickstart.sh", "--workdir", "some where").returncode == 0
+    assert all("=some where" in call for call in machine.calls() if "dit_jax" in call)
+    done = machine.run("quickstart.sh", "--workdir")
+    assert (done.returncode, done.stderr) == (2, "--workdir needs a folder\n")
+
+
+def test_help_tells_and_does_nothing(machine):
+    done = machine.run("quickstart.sh", "--help")
+    assert done.returncode == 0 and "--print_extra" in done.stdout and "DIT_JAX_EXTRAS" in done.stdout
+    assert not (machine.folder / "environment").exists()
+
+
 def test_on_the_cpu_every_program_is_told_that_this_is_wanted(machine):
     machine.add("python3", STAND_IN_PYTHON)
     assert machine.run("quickstart.sh").returncode == 0
