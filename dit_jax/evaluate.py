@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
     add_flags(parser)
     args = parser.parse_args(argv)
-    run_program(lambda: _evaluate(args), args.traceback)
+    run_program(lambda: _evaluate(args), args.traceback, "JAX_PLATFORMS=cpu scores it in the host's memory")
 
 
 def _evaluate(args: argparse.Namespace) -> None:

@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         train.run(config, args.workdir or default_workdir(args.config))
 
-    run_program(train, args.traceback)
+    less_memory = "lower batch_size, raise accumulate, or set model.remat to dots (then full)"
+    run_program(train, args.traceback, less_memory)
 
 
 def default_workdir(config: str) -> Path:

@@ -21,10 +21,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dit_jax.errors import ConfigError, UserError
+from dit_jax.errors import ConfigError, UserError, WorkdirError
 
 OUT_OF_MEMORY = 6
 INTERRUPTED = 130
+# What a full disk is called by the system and by tensorstore, whose messages begin with RESOURCE_EXHAUSTED too.
+DISK_FULL = ("No space left", "os_error_code='28'", "Disk quota")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +37,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-v", "--verbose", action="store_true", help="show what the libraries log")
 
 
-def run_program(main: Callable[[], None], show_traceback: bool) -> None:
-    """Call ``main`` and exit as the table says; a `UserError` becomes one line, a bug keeps its traceback."""
+def run_program(main: Callable[[], None], show_traceback: bool, less_memory: str) -> None:
+    """Call ``main`` and exit as the table says; a `UserError` becomes one line, a bug keeps its traceback.
+
+    ``less_memory`` is what the user of this program can do when the device's memory is not enough.
+    """
     try:
         main()
     except UserError as error:
@@ -44,10 +49,13 @@ def run_program(main: Callable[[], None], show_traceback: bool) -> None:
     except KeyboardInterrupt:
         _end("interrupted", INTERRUPTED, show_traceback)
     except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        said = str(error)
+        if any(sign in said for sign in DISK_FULL):
+            full = f"{WorkdirError.kind}: the disk is full; make room and start again ({said.splitlines()[0]})"
+            _end(full, WorkdirError.exit_code, show_traceback)
+        if "RESOURCE_EXHAUSTED" not in said:
             raise
-        mend = "lower batch_size, raise accumulate, or set model.remat to dots (then full)"
-        _end(f"out of memory: the device cannot hold this; {mend}", OUT_OF_MEMORY, show_traceback)
+        _end(f"out of memory: the device cannot hold this; {less_memory}", OUT_OF_MEMORY, show_traceback)
 
 
 def _end(line: str, code: int, show_traceback: bool) -> None:

@@ -274,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("pictures"), help="folder for the PNG files")
     add_flags(parser)
     args = parser.parse_args(argv)
-    run_program(lambda: _draw(args), args.traceback)
+    run_program(lambda: _draw(args), args.traceback, "draw fewer pictures at a time, or smaller ones")
 
 
 def _draw(args: argparse.Namespace) -> None:
