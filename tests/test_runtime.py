@@ -1,0 +1,49 @@
+"""How programs end: each kind of failure has its exit code and one line that says what to do."""
+
+import pytest
+
+from dit_jax.runtime import run_program
+
+TENSORSTORE_FULL = (
+    "RESOURCE_EXHAUSTED: Error writing \"params/ocdbt.process_0/d/1\" [os_error_code='28']"
+    " [source locations='tensorstore/internal/os/file_util_posix.cc:520']"
+)
+
+
+def ends_with(error: Exception, capsys) -> tuple[int, str]:
+    """Exit code and stderr of a program that fails with ``error``."""
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as exit:
+        run_program(main, False, "draw less")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1, said
+    return exit.value.code, said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError(TENSORSTORE_FULL + "\nwhile saving step 5"),
+        OSError(28, "No space left on device", "metrics.jsonl"),
+        OSError(122, "Disk quota exceeded", "metrics.jsonl"),
+    ],
+)
+def test_a_full_disk_is_not_called_out_of_memory(error, capsys):
+    code, said = ends_with(error, capsys)
+    assert code == 8 and "the disk is full" in said and str(error).splitlines()[0] in said
+
+
+def test_out_of_memory_ends_with_what_this_program_can_do(capsys):
+    code, said = ends_with(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), capsys)
+    assert (code, said) == (6, "out of memory: the device cannot hold this; draw less\n")
+
+
+def test_a_bug_keeps_its_traceback():
+    def main():
+        raise ZeroDivisionError("a bug")
+
+    with pytest.raises(ZeroDivisionError):
+        run_program(main, False, "")
