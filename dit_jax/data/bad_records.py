@@ -18,7 +18,9 @@ class Replaced(NamedTuple):
 
 
 class BadRecords:
-    """Counts bad records, lists each once in a file, and stops a run that has too many.
+    """Counts bad records, lists each id once in a file, and stops a run that has too many.
+
+    Records are counted by index, since many of them may have one id: a broken file with fifty captions is fifty.
 
     Args:
       path: ``bad_records.jsonl`` of the run, appended to; None lists nothing.
@@ -36,26 +38,27 @@ class BadRecords:
         self._max_bad_fraction = max_bad_fraction
         self._num_records = num_records
         self._listed = _listed_ids(path) if path and path.exists() else set()
-        self._seen: dict[str, str] = {}  # id -> reason, of this process: a resumed run may have been repaired
+        self._seen: dict[int, str] = {}  # index -> id and reason, of this process: a resumed run may be repaired
 
     def __len__(self) -> int:
         return len(self._seen)
 
-    def add(self, row: Replaced) -> None:
-        """Notes a replaced record.
+    def add(self, index: int, row: Replaced) -> None:
+        """Notes that record ``index`` of the source was replaced.
 
         Raises:
           DataError: more than ``max_bad_fraction`` of the source is bad.
         """
-        if row.id in self._seen:
+        if index in self._seen:
             return
-        self._seen[row.id] = row.reason
+        self._seen[index] = f"{row.id}: {row.reason}"
         if self._path and row.id not in self._listed:
+            self._listed.add(row.id)
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row._asdict()) + "\n")
         allowed = self._max_bad_fraction * self._num_records
         if len(self) > max(allowed, 1 if allowed else 0):  # one is not many, however small the source
-            first = "; ".join(f"{id}: {reason}" for id, reason in itertools.islice(self._seen.items(), 3))
+            first = "; ".join(itertools.islice(dict.fromkeys(self._seen.values()), 3))
             listed = f" (all so far in {self._path})" if self._path else ""
             raise DataError(
                 f"{len(self)} of {self._num_records} records are bad, more than "

@@ -136,7 +136,8 @@ class Sample(NamedTuple):
 
     image: np.ndarray  # uint8 [size, size, 3]
     caption: str
-    used: int  # index of the record
+    due: int  # index of the record whose turn it is
+    used: int  # index of the record that was read
     replaced: Replaced | None
 
 
@@ -172,7 +173,7 @@ class Samples:
         image = cut(record.image, self.image_size, across, down)
         if self.flip and is_mirrored(k, self.seed):
             image = mirror(image)
-        return Sample(image, record.caption, used, replaced)
+        return Sample(image, record.caption, index, used, replaced)
 
 
 def batches(
@@ -228,7 +229,7 @@ def scan(
 
     def sample(index: int) -> Sample:
         record, used, replaced = read(source, index, seed)
-        return Sample(cut(record.image, image_size, 0.5, 0.5), record.caption, used, replaced)
+        return Sample(cut(record.image, image_size, 0.5, 0.5), record.caption, index, used, replaced)
 
     stream = _ahead(sample, 0, len(source), 2 * chunk_size, threads, workers)
     with contextlib.closing(stream):
@@ -239,7 +240,7 @@ def scan(
 def _collate(chunk: list[Sample], tokenize: Tokenize, bad_records: BadRecords) -> RawBatch:
     for sample in chunk:
         if sample.replaced:
-            bad_records.add(sample.replaced)
+            bad_records.add(sample.due, sample.replaced)
     ids, mask = tokenize([sample.caption for sample in chunk])
     return {
         "image": np.stack([sample.image for sample in chunk]),

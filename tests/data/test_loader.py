@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dit_jax.data.bad_records import BadRecords, Replaced
 from dit_jax.data.loader import (
@@ -250,12 +251,30 @@ def test_too_many_bad_records_stop_the_run(tmp_path):
     assert len(path.read_text().splitlines()) == 2
 
 
+def test_many_records_of_one_file_are_many_in_the_count_and_one_in_the_list(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "good.png")
+    rows = [{"file_name": "broken.png", "text": f"caption {i}"} for i in range(5)]
+    rows += [{"file_name": "good.png", "text": "caption 9"}] * 5
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    source, path = Folder(tmp_path), tmp_path / "bad_records.jsonl"
+
+    def scan_all(max_bad_fraction):
+        log = BadRecords(path, max_bad_fraction, len(source))
+        list(scan(source, tokenize, log, 4, SEED, SIZE, 0, 0))
+        return log
+
+    assert len(scan_all(0.5)) == 5 and len(path.read_text().splitlines()) == 1
+    with pytest.raises(DataError, match=r"5 of 10 records are bad.*; the first: broken\.png: [^;]* \(all so far"):
+        scan_all(0.45)
+
+
 def test_a_list_cut_off_by_a_kill_is_continued(tmp_path):
     path = tmp_path / "bad_records.jsonl"
     path.write_text('{"id": "a", "reason": "x", "replaced_by": "c"}\n{"id": "b", "rea')
     log = BadRecords(path, 1.0, 9)
-    for id in ("a", "b"):
-        log.add(Replaced(id, "x", "c"))
+    for index, id in enumerate(("a", "b")):
+        log.add(index, Replaced(id, "x", "c"))
     good = [line for line in path.read_text().splitlines() if line.endswith("}")]
     assert [json.loads(line)["id"] for line in good] == ["a", "b"]
 
