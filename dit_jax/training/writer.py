@@ -7,6 +7,7 @@ never interrupted.
 
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class Writer:
     Args:
       workdir: the run's folder.
       step: the step that the run starts from; later rows of an earlier life are cut off.
-      wandb_project: "" for none. Needs the extra ``wandb``.
+      wandb_project: "" for none. Needs the extra ``wandb``. The file ``wandb_id`` says which of its runs this is.
       config: the resolved config, shown by Weights & Biases.
     """
 
@@ -49,8 +50,12 @@ class Writer:
         if wandb_project:
             import wandb
 
-            self._wandb = wandb.init(project=wandb_project, dir=str(workdir), config=config, resume="allow",
-                                     id=f"{workdir.resolve().name}-{config['seed']}")  # fmt: skip
+            path = workdir / "wandb_id"
+            if not (step and path.is_file()):
+                path.write_text(secrets.token_hex(4))
+            self._wandb = wandb.init(
+                project=wandb_project, dir=str(workdir), config=config, id=path.read_text(), resume="allow"
+            )
 
     def metrics(self, step: int, row: dict[str, float]) -> None:
         """Numbers that the same config gives again at the same step."""

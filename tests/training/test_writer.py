@@ -1,6 +1,8 @@
 """Rows of a run: cut on resume, torn lines forgotten."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,6 +33,15 @@ def test_a_writer_goes_on_where_the_run_was_restored(tmp_path):
     assert rows(tmp_path / "metrics.jsonl") == [
         {"step": step, "loss": loss} for step, loss in ((1, 3.0), (2, 2.0), (3, 1.0), (4, 0.5))
     ]
+
+
+def test_a_new_run_is_a_new_run_at_weights_and_biases_and_a_resumed_one_goes_on(tmp_path, monkeypatch):
+    ids = []
+    stand_in = SimpleNamespace(init=lambda **flags: ids.append(flags["id"]) or SimpleNamespace(finish=lambda: None))
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    for step in (0, 5, 0):  # a run, the same resumed, and another in the same folder, begun anew
+        Writer(tmp_path, step, "project", {"seed": 0}).close()
+    assert ids[0] == ids[1] != ids[2]
 
 
 def test_progress_writes_step_1_the_multiples_and_the_last(tmp_path, capsys):
