@@ -277,12 +277,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_program(lambda: _draw(args), args.traceback, "draw fewer pictures at a time, or smaller ones")
 
 
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not empty.
+
+    Raises:
+      ConfigError: there is no such file, or it is not UTF-8.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no prompts file {path}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"prompts file {path} is not UTF-8: {error}") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
 def _draw(args: argparse.Namespace) -> None:
     prompts = list(args.prompt)
     if args.prompts_file:
-        if not args.prompts_file.is_file():
-            raise ConfigError(f"no prompts file {args.prompts_file}")
-        prompts += [line.strip() for line in args.prompts_file.read_text().splitlines() if line.strip()]
+        prompts += read_prompts(args.prompts_file)
     if not prompts:
         raise ConfigError("nothing to draw: give --prompt or --prompts_file")
     if args.num_images < 1:

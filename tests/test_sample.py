@@ -112,3 +112,14 @@ def test_mistakes_end_in_one_line(tiny_run, capsys, flags, code, says):
         sample.main([f"--model={tiny_run}", *flags])
     error = capsys.readouterr().err
     assert exit.value.code == code and says in error and error.count("\n") == 1
+
+
+def test_a_prompts_file_of_another_encoding_ends_in_one_line(tmp_path, capsys):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("ein grüner Stern\n".encode("latin-1"))
+    with pytest.raises(SystemExit) as exit:
+        sample.main(["--model=nowhere", f"--prompts_file={path}"])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and f"prompts file {path} is not UTF-8" in error and error.count("\n") == 1
+    path.write_text("ein grüner Stern\n", encoding="utf-8-sig")  # as Windows writes it
+    assert sample.read_prompts(path) == ["ein grüner Stern"]

@@ -1,11 +1,11 @@
 """From a published ``config.json`` to a network: the keys that we read, and what absent keys mean."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from jax.typing import DTypeLike
 
+from dit_jax.encoders import weights
 from dit_jax.encoders.clip import ACTIVATIONS, CLIPTextModel, CLIPVisionModel
 from dit_jax.encoders.vae import AutoencoderKL
 
@@ -59,11 +59,12 @@ def read_config(folder: Path) -> Config:
 
     Raises:
       FileNotFoundError: the file is not there.
+      ValueError: the file is damaged.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"no config.json in {folder}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return weights.read_json(path)
 
 
 def text_network(

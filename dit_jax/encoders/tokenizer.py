@@ -30,6 +30,9 @@ class Tokenizer:
     Attributes:
       length: S.
       vocab_size: one more than the largest id.
+
+    Raises:
+      ValueError: the files are damaged, or those of another tokenizer.
     """
 
     def __init__(self, folder: Path, length: int):
@@ -37,9 +40,12 @@ class Tokenizer:
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import CLIPTokenizerFast  # a second to import, and only prompts need it
 
-        self._tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+        try:
+            self._tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+            self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        except Exception as error:  # the tokenizers library raises nothing more special
+            raise ValueError(f"the tokenizer in {folder} is damaged: {' '.join(str(error).split())}") from error
         self.length = length
-        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
 
     def __call__(self, texts: Sequence[str], long_prompt: LongPrompt = "truncate") -> tuple[np.ndarray, np.ndarray]:
         """Token ids and mask of captions.

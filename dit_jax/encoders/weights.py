@@ -21,7 +21,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 Tree = dict[str, Any]
 
@@ -61,17 +61,36 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file of a published folder holds.
+
+    Raises:
+      ValueError: the file holds no JSON, or something else than an object.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds a {type(found).__name__}, not an object")
+    return found
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: the one it has, or the shards that its index names.
 
     Raises:
       FileNotFoundError: there is none, or a shard is absent.
-      ValueError: only pickles are there, which can run code and are not read, or several sets of weights.
+      ValueError: only pickles are there, which can run code and are not read, or several sets of weights, or a
+        damaged index.
     """
     indices = sorted(folder.glob("*.safetensors.index.json"))
     single = sorted(folder.glob("*.safetensors"))
     if len(indices) == 1:
-        shards = sorted(set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = read_json(indices[0]).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{indices[0]} is damaged: it has no weight_map")
+        shards = sorted(set(weight_map.values()))
         absent = [name for name in shards if not (folder / name).is_file()]
         if absent:
             raise FileNotFoundError(f"{folder}: {indices[0].name} names shards that are not there: {absent}")
@@ -95,12 +114,19 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_tensors(files: list[Path]) -> dict[str, np.ndarray]:
-    """All tensors of the files, by published name, in the type they are stored in."""
+    """All tensors of the files, by published name, in the type they are stored in.
+
+    Raises:
+      ValueError: a file is damaged.
+    """
     tensors = {}
     for path in files:
-        with safe_open(path, framework="np") as handle:
-            for name in handle.keys():  # noqa: SIM118 (a handle is no dict)
-                tensors[name] = handle.get_tensor(name)
+        try:
+            with safe_open(path, framework="np") as handle:
+                for name in handle.keys():  # noqa: SIM118 (a handle is no dict)
+                    tensors[name] = handle.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{path.name} is damaged: {error}") from error
     return tensors
 
 

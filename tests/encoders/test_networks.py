@@ -80,3 +80,10 @@ def test_text_configs_that_are_refused(build, message):
 def test_vae_configs_that_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         networks.vae_network(config, dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"null", b'{"a": "\xe9"}'])
+def test_a_damaged_config_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"{tmp_path / 'config.json'} is damaged: "):
+        networks.read_config(tmp_path)

@@ -92,6 +92,17 @@ def test_tokenizer_json_alone_is_enough(tokenizer: Tokenizer, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    "name, text", [("vocab.json", "{"), ("vocab.json", "[]"), ("merges.txt", "a"), ("tokenizer_config.json", "[]")]
+)
+def test_a_damaged_tokenizer_is_one_line_with_its_folder(tmp_path: Path, name: str, text: str):
+    shutil.copytree(GOLDEN / "text_sd1", tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"the tokenizer in {tmp_path} is damaged: ") as error:
+        Tokenizer(tmp_path, golden.TEXT_LENGTH)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     "encoder, sibling",
     [("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"), ("clip", "tokenizer")],
 )

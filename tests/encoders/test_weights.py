@@ -134,6 +134,18 @@ def test_the_hash_is_of_the_file(vae_folder: Path):
     assert load_vae(vae_folder).sha256 != before
 
 
+def test_damaged_files_are_named(vae_folder: Path):
+    (path,) = vae_folder.glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{vae_folder}: {path.name} is damaged: "):
+        load_vae(vae_folder)
+    index = vae_folder / "diffusion_pytorch_model.safetensors.index.json"
+    for text in ("{", "[]", "{}"):
+        index.write_text(text)
+        with pytest.raises(ValueError, match=f"{index} is damaged: "):
+            load_vae(vae_folder)
+
+
 def test_a_half_precision_copy_beside_the_plain_file_is_passed_over(vae_folder: Path):
     (vae_folder / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"not read")
     load_vae(vae_folder)
