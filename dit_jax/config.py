@@ -7,6 +7,7 @@ it, and `take_over` holds a resumed run to what it was. Whether the values make 
 import ast
 import difflib
 import json
+import re
 import runpy
 import sys
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dit_jax.errors import CheckpointError, ConfigError
+
+SECTIONS = ("latents", "data", "diffusion", "model", "sample")
 
 # What a run that is resumed may change; every other key must be what it was.
 CHANGEABLE = (
@@ -67,9 +70,30 @@ def _run_config_file(path: Path) -> ConfigDict:
     if root not in sys.path:
         sys.path.insert(0, root)
     try:
-        return runpy.run_path(str(path))["get_config"]()
-    except (KeyError, AttributeError, TypeError, ImportError, SyntaxError) as error:
-        raise ConfigError(f"{path} does not make a config: {str(error).splitlines()[0]}") from error
+        names = runpy.run_path(str(path))
+        config = names["get_config"]() if "get_config" in names else None
+    except Exception as error:  # it is the user's program, and may raise anything
+        raise ConfigError(f"{path} does not make a config: {_reason(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"{path} does not make a config: it needs a get_config() that returns a ConfigDict")
+    return _with_sections(config, path)
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line. A ConfigDict that lacks a key packs its words twice and lists all other keys."""
+    said: object = error
+    while isinstance(said, KeyError | AttributeError) and said.args:
+        said = said.args[0]
+    text = re.sub(r"Other fields present: .*?(?=Did you mean|$)", "", str(said), flags=re.DOTALL)
+    return ": ".join(filter(None, [type(error).__name__, " ".join(text.split())]))
+
+
+def _with_sections(config: ConfigDict, path: Path) -> ConfigDict:
+    """The config that was read from ``path``, if it has the sections that a config has."""
+    missing = [name for name in SECTIONS if not isinstance(config.get(name), ConfigDict)]
+    if missing:
+        raise ConfigError(f"{path} is not a config: it has no section {', '.join(missing)}")
+    return config
 
 
 def _fresh(config: ConfigDict) -> ConfigDict:
@@ -81,9 +105,11 @@ def _fresh(config: ConfigDict) -> ConfigDict:
 def read_json(path: Path) -> ConfigDict:
     """A resolved config, as a run keeps it."""
     try:
-        return ConfigDict(_tuples(json.loads(path.read_text())))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        found = _tuples(json.loads(path.read_text()))
+        config = ConfigDict(found if isinstance(found, dict) else {})
+    except ValueError as error:
         raise ConfigError(f"{path} is not a config: {error}") from error
+    return _with_sections(config, path)
 
 
 def read_run(workdir: Path) -> ConfigDict:

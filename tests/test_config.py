@@ -68,6 +68,42 @@ def test_a_resolved_config_comes_back_from_json(tmp_path):
         read_run(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("raise ImportError", "does not make a config: ImportError"),
+        ("def get_config(:", "does not make a config: SyntaxError: invalid syntax"),
+        ("config = 1", "does not make a config: it needs a get_config() that returns a ConfigDict"),
+        ("get_config = dict", "does not make a config: it needs a get_config() that returns a ConfigDict"),
+        ("from ml_collections import ConfigDict as get_config", "it has no section latents, data, diffusion"),
+        (
+            "from configs import default\ndef get_config():\n    c = default.get_config()\n    c.learning_rat = 1",
+            'AttributeError: Key "learning_rat" does not exist and cannot be added since the config is locked.'
+            ' Did you mean "learning_rate" instead of "learning_rat"?',
+        ),
+        (
+            "from configs import default\ndef get_config():\n    return default.get_config().modle",
+            'AttributeError: \'modle\' Did you mean "model" instead of "modle"?',
+        ),
+    ],
+)
+def test_a_file_that_makes_no_config_is_one_clear_line(tmp_path, text, says):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(str(tmp_path / "mine.py"), {})
+    said = str(error.value)
+    assert str(tmp_path / "mine.py") in said and says in said and "\n" not in said and "batch_size" not in said
+
+
+@pytest.mark.parametrize("text", ["[1]", "null", "{}", '{"model": 3}', '{"a.b": 1}'])
+def test_json_that_is_no_config_is_one_clear_line(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    for read in (lambda: load_config(str(tmp_path / "config.json"), {}), lambda: read_run(tmp_path)):
+        with pytest.raises(ConfigError, match="config.json is not a config: ") as error:
+            read()
+        assert "\n" not in str(error.value)
+
+
 def test_only_the_listed_keys_may_change():
     old, new = tiny_config(), tiny_config(log_every="7", sample__steps="9", stop_at_step="4")
     assert differences(old, new) == []
