@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     c.model.text_mode = "cross"
     c.model.modulation = "adaln_zero"
     c.sample.sampler = "ddpm"  # noise at every step lets patches that disagree come together
-    c.sample.steps = 50
+    c.sample.steps = 100
     c.sample.guidance_scale = 2.0
     c.sample.prompts = (
         "a large red circle",

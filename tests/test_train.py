@@ -111,11 +111,13 @@ def test_the_loss_falls(tmp_path):
 
 def test_a_run_that_diverges_stops_with_its_step_and_saves_nothing_after(tmp_path):
     with pytest.raises(DivergedError, match=r"the loss of step \d+ is nan"):
-        train_tiny(tmp_path, learning_rate="1e30", clip_norm="1e30", warmup_steps="0")
+        train_tiny(tmp_path, learning_rate="1e30", clip_norm="1e30", warmup_steps="0", log_every="0", save_every="2")
     for step in (tmp_path / "checkpoints").glob("[0-9]*"):
         assert all(np.isfinite(leaf).all() for leaf in leaves(tmp_path, int(step.name)).values())
 
 
-def test_the_step_runs_on_two_devices_with_the_batch_split(tiny_run):
-    """The fixture's run used both fake devices; this says that they were there."""
+def test_the_step_runs_on_two_devices_with_the_batch_split(tmp_path, capsys):
+    """Both fake devices of the tests are one mesh, as in the run that the tests above share."""
     assert jax.device_count() == 2
+    train_tiny(tmp_path, stop_at_step="1", sample_every="0")
+    assert "mesh {'data': 2}" in capsys.readouterr().out

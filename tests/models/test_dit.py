@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from dit_jax.models.dit import DiT
 from dit_jax.trees import count_parameters, named_leaves
@@ -62,7 +63,23 @@ def test_a_value_that_cannot_be_is_refused_by_name(change):
         DiT(**{**SMALL, **change})
 
 
-def test_dropout_acts_in_training_only_and_not_on_attention_weights(toy):
+@pytest.mark.parametrize(("text_mode", "branches"), [("pooled", 2), ("cross", 3)])
+def test_dropout_is_on_the_mlp_activation_and_every_branch_and_nowhere_else(text_mode, branches):
+    toy, dropped = Toy(text_mode=text_mode), []
+
+    def record(call, args, kwargs, context):
+        if isinstance(context.module, nn.Dropout) and context.method_name == "__call__":
+            dropped.append(args[0].shape)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+        toy()
+    B, N, D = toy.x.shape[0], toy.x.shape[1] * toy.x.shape[2] // SMALL["patch_size"] ** 2, SMALL["hidden_size"]
+    block = [(B, N, D)] * branches + [(B, N, int(D * SMALL["mlp_ratio"]))]
+    assert sorted(dropped) == sorted(block * SMALL["num_layers"])
+
+
+def test_dropout_acts_in_training_only(toy):
     def train(model, key):
         return model.apply({"params": toy.params}, toy.x, toy.t, toy.text, train=True, rngs={"dropout": key})
 
