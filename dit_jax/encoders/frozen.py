@@ -19,7 +19,7 @@ from dit_jax.arrays import Array, TextStates
 from dit_jax.encoders import networks, weights
 from dit_jax.encoders.clip import CLIPTextModel
 from dit_jax.encoders.latents import scale_from_factors
-from dit_jax.encoders.tokenizer import LongPrompt, Tokenizer, find_tokenizer
+from dit_jax.encoders.tokenizer import LongPrompt, Tokenizer, find_tokenizer, tokenizer_files
 from dit_jax.encoders.vae import AutoencoderKL
 
 EMBEDDED = "embedded"
@@ -34,7 +34,7 @@ class VAE:
 
     Attributes:
       name: what it was loaded by.
-      sha256: of the weight file (of several files, of their hashes).
+      sha256: of ``config.json`` and the weight files.
       config: the published config, absent keys filled in.
       network: the linen module.
       params: its parameters, float32.
@@ -86,7 +86,7 @@ class TextEncoder:
 
     Attributes:
       name: what it was loaded by.
-      sha256: of the weight file (of several files, of their hashes).
+      sha256: of ``config.json``, the weight files and those of the tokenizer.
       network: the linen module.
       params: its parameters, float32.
       tokenizer: captions to ids.
@@ -160,7 +160,8 @@ def load_vae(path: str | Path, dtype: DTypeLike = jnp.float32) -> VAE:
     key, side = jax.random.key(0), 2 ** len(network.block_out_channels)
     image = jax.ShapeDtypeStruct((1, side, side, network.in_channels), jnp.float32)
     shapes = jax.eval_shape(network.init, key, image, key)["params"]
-    params, sha256 = _read_params(folder, shapes, weights.VAE_PREFIX)
+    params, files = _read_params(folder, shapes, weights.VAE_PREFIX)
+    sha256 = weights.sha256([folder / "config.json", *files])
     config = {**networks.VAE_DEFAULTS, **networks.LATENT_DEFAULTS, **config}
     return VAE(str(path), sha256, config, network, params)
 
@@ -191,11 +192,13 @@ def load_text_encoder(
         final_norm=final_norm,
         dtype=dtype,
     )
-    tokenizer = Tokenizer(find_tokenizer(folder), network.max_position_embeddings)
+    tokenizer_folder = find_tokenizer(folder)
+    tokenizer = Tokenizer(tokenizer_folder, network.max_position_embeddings)
     ids = jax.ShapeDtypeStruct((1, network.max_position_embeddings), jnp.int32)
     mask = jax.ShapeDtypeStruct(ids.shape, bool)
     shapes = jax.eval_shape(network.init, jax.random.key(0), ids, mask)["params"]
-    params, sha256 = _read_params(folder, shapes, weights.TEXT_PREFIX)
+    params, files = _read_params(folder, shapes, weights.TEXT_PREFIX)
+    sha256 = weights.sha256([folder / "config.json", *files, *tokenizer_files(tokenizer_folder)])
     return TextEncoder(str(path), sha256, network, params, tokenizer)
 
 
@@ -211,14 +214,14 @@ def _folder(path: str | Path, asset: str, subfolder: str) -> Path:
     return folder
 
 
-def _read_params(folder: Path, shapes: Any, prefix: str) -> tuple[Any, str]:
-    """The parameters of a folder, on the device, and the hash of its weight files."""
+def _read_params(folder: Path, shapes: Any, prefix: str) -> tuple[Any, list[Path]]:
+    """The parameters of a folder, on the device, and the files that they are in."""
     files = weights.weight_files(folder)
     try:
         params = weights.to_linen(weights.read_tensors(files), shapes, prefix)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    return jax.device_put(params), weights.sha256(files)
+    return jax.device_put(params), files
 
 
 def _sides(array: Array, what: str, channels: int) -> tuple[int, int]:

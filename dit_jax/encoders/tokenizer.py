@@ -15,6 +15,15 @@ import numpy as np
 
 LongPrompt = Literal["truncate", "error"]
 
+# Of a tokenizer's folder, what decides which ids a caption gets.
+FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 SHOWN_CAPTIONS = 3  # of those cut, in one warning
 SHOWN_CHARACTERS = 200  # of what each of them lost
 
@@ -118,6 +127,11 @@ def find_tokenizer(folder: Path) -> Path:
         f"no tokenizer for {folder}: neither vocab.json with merges.txt nor tokenizer.json in "
         f"{' or '.join(str(candidate) for candidate in candidates)}"
     )
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of the tokenizer in ``folder``, without what else lies there."""
+    return [folder / name for name in FILES if (folder / name).is_file()]
 
 
 def _words_from(text: str, start: int) -> str:

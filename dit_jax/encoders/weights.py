@@ -131,12 +131,12 @@ def read_tensors(files: list[Path]) -> dict[str, np.ndarray]:
 
 
 def sha256(files: list[Path]) -> str:
-    """The hash of one file; of several, the hash of their hashes in the order of the names."""
-    digests = []
-    for path in sorted(files):
+    """The hash of the names and contents of files, in the order of the names; their folders do not count."""
+    digest = hashlib.sha256()
+    for path in sorted(files, key=lambda path: path.name):
         with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def published_name(path: tuple[str, ...], prefix: str) -> str:

@@ -78,7 +78,37 @@ def test_the_tokenizer_may_lie_beside_the_encoder(tmp_path: Path, text: frozen.T
     (tmp_path / "tokenizer_2").mkdir()
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         (folder / name).rename(tmp_path / "tokenizer_2" / name)
-    np.testing.assert_array_equal(load_text_encoder(folder)(["a cat"]).pooled, text(["a cat"]).pooled)
+    beside = load_text_encoder(folder)
+    np.testing.assert_array_equal(beside(["a cat"]).pooled, text(["a cat"]).pooled)
+    assert beside.sha256 == text.sha256
+
+
+@pytest.mark.parametrize(
+    "name, old, new",
+    [
+        ("config.json", '"quick_gelu"', '"gelu"'),
+        ("merges.txt", "\nca t</w>", ""),
+        ("tokenizer_config.json", "{", "{ "),
+    ],
+)
+def test_the_hash_changes_with_all_that_changes_what_captions_become(tmp_path: Path, name: str, old: str, new: str):
+    folder = Path(shutil.copytree(GOLDEN / "text_sd1", tmp_path / "clip"))
+    before = load_text_encoder(folder).sha256
+    (folder / "README.md").write_text("another page")
+    (folder / "preprocessor_config.json").write_text("{}")
+    assert load_text_encoder(folder).sha256 == before
+    text = (folder / name).read_text()
+    assert old in text
+    (folder / name).write_text(text.replace(old, new, 1))
+    assert load_text_encoder(folder).sha256 != before
+
+
+def test_the_hash_of_a_vae_changes_with_its_config(tmp_path: Path, vae: frozen.VAE):
+    folder = Path(shutil.copytree(GOLDEN / "vae_sd3", tmp_path / "vae"))
+    assert load_vae(folder).sha256 == vae.sha256
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "scaling_factor": 1.0}))
+    assert load_vae(folder).sha256 != vae.sha256
 
 
 def test_a_tokenizer_of_another_network_is_refused(tmp_path: Path):
