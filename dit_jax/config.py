@@ -97,8 +97,9 @@ def _with_sections(config: ConfigDict, path: Path) -> ConfigDict:
 
 
 def _fresh(config: ConfigDict) -> ConfigDict:
-    """A run's config without what that run measured."""
+    """A run's config without what that run measured and where it was told to stop."""
     config.latents.shift = config.latents.scale = ()
+    config.stop_at_step = 0
     return config
 
 

@@ -91,7 +91,8 @@ def run(config: ConfigDict, workdir: Path) -> TrainState | None:
     stop = min(config.stop_at_step or config.total_steps, config.total_steps)
     banner(config, workdir, start, mesh, len(source), (vae, text_encoder))
     if start >= stop:
-        say(f"nothing to do: step {start} of {stop} is done")
+        limit = "" if stop == config.total_steps else f" (stop_at_step {stop} of {config.total_steps})"
+        say(f"nothing to do: step {start} of {stop} is done{limit}")
         checkpoints.close()
         return None
     for note in notes:

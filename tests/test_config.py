@@ -61,6 +61,10 @@ def test_a_resolved_config_comes_back_from_json(tmp_path):
     path.write_text(to_json(config))
     assert load_config(str(path), {}).latents.scale == ()
     assert again.sample.prompts == config.sample.prompts
+    config.stop_at_step = 2  # of that run on that day
+    path.write_text(to_json(config))
+    assert load_config(str(path), {}).stop_at_step == 0 and read_run(tmp_path).stop_at_step == 2
+    assert load_config(str(path), {"stop_at_step": "3"}).stop_at_step == 3
     path.write_text("{")
     with pytest.raises(ConfigError, match="is not a config"):
         read_json(path)

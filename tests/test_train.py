@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from dit_jax import train
+from dit_jax.config import load_config
 from dit_jax.errors import ConfigError, DivergedError
 from dit_jax.trees import named_leaves
 from tests.tiny_run import tiny_config, tiny_flags, train_tiny
@@ -91,6 +92,16 @@ def test_a_finished_run_says_so_and_changes_nothing(tiny_run, capsys):
     assert train.run(tiny_config(), tiny_run) is None
     assert "nothing to do: step 20 of 20 is done" in capsys.readouterr().out
     assert (tiny_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_stopped_run_says_where_it_stops_and_goes_on_by_its_own_config(tmp_path, capsys):
+    changes = {"total_steps": "4", "sample_every": "0"}
+    run, whole = tmp_path / "run", train_tiny(tmp_path / "whole", **changes)
+    train_tiny(run, **changes, stop_at_step="2")
+    assert train.run(tiny_config(**changes, stop_at_step="2"), run) is None
+    assert "nothing to do: step 2 of 2 is done (stop_at_step 2 of 4)" in capsys.readouterr().out
+    train.run(load_config(str(run / "config.json"), {}), run)
+    assert_same_run(whole, run, 4)
 
 
 def test_a_workdir_of_another_config_is_refused_and_left_alone(tiny_run):
