@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from dit_jax.errors import ConfigError
-from dit_jax.runtime import add_flags, run_program, set_up
+from dit_jax.runtime import add_flags, run_program, set_up, writable
 from dit_jax.sample import Pipeline, make_grid, save_png
 
 QUICK, FULL = 200, 1000  # prompts of each class of the shapes world
@@ -126,15 +126,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     set_up(args.allow_cpu, args.verbose)
     pipeline = Pipeline.load(args.model, args.ema, args.step)
+    folder = args.model / "evaluation"
+    with writable(folder):
+        folder.mkdir(exist_ok=True)
     settings = pipeline.config.sample.to_dict() | {"step": pipeline.step, "parameters": args.ema}
     settings.pop("prompts")
     print("settings: " + " ".join(f"{key}={value}" for key, value in settings.items()), flush=True)
     scores, grid, line = METRICS[args.metric](pipeline, args.full)
-    folder = args.model / "evaluation"
-    folder.mkdir(exist_ok=True)
     written = json.dumps({"settings": settings, "scores": scores}, indent=2)
-    (folder / f"{args.metric}.json").write_text(written + "\n")
-    save_png(grid, folder / f"{args.metric}.png", {"step": str(pipeline.step)})
+    with writable(folder):
+        (folder / f"{args.metric}.json").write_text(written + "\n")
+        save_png(grid, folder / f"{args.metric}.png", {"step": str(pipeline.step)})
     print(f"pictures, unpicked: {folder / f'{args.metric}.png'}")
     print(line)
 

@@ -10,6 +10,7 @@
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import shutil
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,16 @@ def run_program(main: Callable[[], None], show_traceback: bool, less_memory: str
         if "RESOURCE_EXHAUSTED" not in said:
             raise
         _end(f"out of memory: the device cannot hold this; {less_memory}", OUT_OF_MEMORY, show_traceback)
+
+
+@contextlib.contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """What cannot be written ends the program with the folder's name."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise WorkdirError(f"cannot write to {folder}: {reason}; give another folder") from error
 
 
 def _end(line: str, code: int, show_traceback: bool) -> None:

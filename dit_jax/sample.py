@@ -22,7 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 from dit_jax.arrays import TextStates
 from dit_jax.config import read_run
 from dit_jax.errors import CheckpointError, ConfigError
-from dit_jax.runtime import add_flags, run_program, set_up
+from dit_jax.runtime import add_flags, run_program, set_up, writable
 
 if TYPE_CHECKING:
     from dit_jax.encoders import VAE, TextEncoder
@@ -302,6 +302,8 @@ def _draw(args: argparse.Namespace) -> None:
         raise ConfigError(f"--num_images is {args.num_images}; it must be 1 or more")
     set_up(args.allow_cpu, args.verbose)
     pipeline = Pipeline.load(args.model, args.ema, args.step)
+    with writable(args.output):
+        args.output.mkdir(parents=True, exist_ok=True)
     print(f"{args.model}: step {pipeline.step}, {args.ema} parameters", flush=True)
     images = pipeline(
         prompts,
@@ -315,13 +317,14 @@ def _draw(args: argparse.Namespace) -> None:
         width=args.width,
         long_prompt=args.long_prompt,
     )
-    args.output.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         path = args.output / f"{i:05d}.png"
-        save_png(image, path, {key: image.info[key] for key in ("prompt", "seed", "step")})
+        with writable(args.output):
+            save_png(image, path, {key: image.info[key] for key in ("prompt", "seed", "step")})
         print(f"{path}  seed={image.info['seed']}  {image.info['prompt']}")
     columns = args.num_images if args.num_images > 1 else min(len(images), 8)
-    make_grid(images, columns).save(args.output / "grid.png")
+    with writable(args.output):
+        make_grid(images, columns).save(args.output / "grid.png")
     print(f"{args.output / 'grid.png'}  {len(images)} pictures")
 
 

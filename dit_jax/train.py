@@ -6,7 +6,6 @@ Called again with the same config it goes on where the last checkpoint ends, and
 as a run that was never interrupted.
 """
 
-import contextlib
 import functools
 import itertools
 import os
@@ -35,8 +34,9 @@ from dit_jax.data.loader import RawBatch, batches, scan
 from dit_jax.data.sources import Source
 from dit_jax.encoders import VAE, TextEncoder
 from dit_jax.encoders.latents import measure_scale
-from dit_jax.errors import ConfigError, WorkdirError
+from dit_jax.errors import ConfigError
 from dit_jax.models.flops import peak_flops, training_flops
+from dit_jax.runtime import writable
 from dit_jax.sample import Pipeline, make_grid, save_png
 from dit_jax.sharding import make_mesh, put_batch
 from dit_jax.training import encode
@@ -328,15 +328,6 @@ def say(line: str) -> None:
 def is_due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps (0: never) happens now."""
     return every > 0 and step % every == 0
-
-
-@contextlib.contextmanager
-def writable(workdir: Path) -> Iterator[None]:
-    """What cannot be written ends the run with the folder's name."""
-    try:
-        yield
-    except OSError as error:
-        raise WorkdirError(f"cannot write to {workdir}: {error.strerror or error}; give another --workdir") from error
 
 
 def write_whole(path: Path, text: str) -> None:

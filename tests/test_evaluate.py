@@ -87,6 +87,15 @@ def test_the_program_writes_the_scores_and_ends_with_their_line(tmp_path, monkey
     assert (tmp_path / "evaluation" / "shapes.png").is_file()
 
 
+def test_scores_that_cannot_be_written_are_not_drawn(tmp_path, monkeypatch, capsys):
+    (tmp_path / "evaluation").touch()
+    monkeypatch.setattr(evaluate, "Pipeline", SimpleNamespace(load=lambda *args: Painter({}, tiny_config())))
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main([f"--model={tmp_path}"])
+    error = capsys.readouterr().err
+    assert exit.value.code == 8 and f"cannot write to {tmp_path / 'evaluation'}" in error and error.count("\n") == 1
+
+
 def test_a_folder_without_a_run_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         evaluate.main([f"--model={tmp_path}"])

@@ -2,7 +2,8 @@
 
 import pytest
 
-from dit_jax.runtime import run_program
+from dit_jax.errors import WorkdirError
+from dit_jax.runtime import run_program, writable
 
 TENSORSTORE_FULL = (
     "RESOURCE_EXHAUSTED: Error writing \"params/ocdbt.process_0/d/1\" [os_error_code='28']"
@@ -47,3 +48,10 @@ def test_a_bug_keeps_its_traceback():
 
     with pytest.raises(ZeroDivisionError):
         run_program(main, False, "")
+
+
+def test_what_cannot_be_written_names_the_folder(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(WorkdirError, match=f"cannot write to {file}: File exists"), writable(file):
+        file.mkdir(exist_ok=True)

@@ -107,7 +107,8 @@ def test_a_prompt_of_200_words_draws_with_a_warning_or_is_an_error(tiny_run, tmp
         (["--prompt=x", "--sampler=magic"], 2, "sampler is 'magic'; it can be ddpm, ddim, euler, heun"),
     ],
 )
-def test_mistakes_end_in_one_line(tiny_run, capsys, flags, code, says):
+def test_mistakes_end_in_one_line(tiny_run, tmp_path, capsys, monkeypatch, flags, code, says):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit:
         sample.main([f"--model={tiny_run}", *flags])
     error = capsys.readouterr().err
@@ -123,3 +124,12 @@ def test_a_prompts_file_of_another_encoding_ends_in_one_line(tmp_path, capsys):
     assert exit.value.code == 2 and f"prompts file {path} is not UTF-8" in error and error.count("\n") == 1
     path.write_text("ein grüner Stern\n", encoding="utf-8-sig")  # as Windows writes it
     assert sample.read_prompts(path) == ["ein grüner Stern"]
+
+
+def test_an_output_that_is_no_folder_is_refused_before_anything_is_drawn(tiny_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Pipeline, "draw", lambda *args: pytest.fail("drew all the same"))
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as exit:
+        sample.main([f"--model={tiny_run}", "--prompt=x", f"--output={tmp_path / 'file'}"])
+    error = capsys.readouterr().err
+    assert exit.value.code == 8 and f"cannot write to {tmp_path / 'file'}" in error and error.count("\n") == 1
