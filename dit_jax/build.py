@@ -7,7 +7,8 @@ the config into one object. Where a config comes from is in `dit_jax.config`.
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,16 +47,17 @@ def resolve(
       ConfigError: values that cannot go together, each with the key that mends it.
     """
     notes = []
-    _check_positive(config, ("batch_size", "accumulate", "keep_latest"))
+    _check_ranges(config)
     if not config.total_steps:
         if not config.total_epochs:
             raise ConfigError("total_steps and total_epochs are both 0; set one of them")
         config.total_steps = -(-config.total_epochs * num_records // config.batch_size)
+    if config.total_steps < 1:
+        raise ConfigError(f"total_steps is {config.total_steps}; it must be 1 or more")
     if config.warmup_steps >= config.total_steps:
         cut = config.total_steps // 10
         notes.append(f"warmup_steps {config.warmup_steps} >= total_steps {config.total_steps}: cut to {cut}")
         config.warmup_steps = cut
-    _check_positive(config, ("total_steps",))
     if config.batch_size % (config.accumulate * num_devices):
         raise ConfigError(
             f"batch_size {config.batch_size} is not divisible by accumulate {config.accumulate} x {num_devices} devices"
@@ -79,8 +81,12 @@ def resolve(
         raise ConfigError(
             f"model.in_channels is {config.model.in_channels}, but {vae.name} has {vae.network.latent_channels}"
         )
-    if config.model.patch_size < 1:
-        raise ConfigError(f"model.patch_size is {config.model.patch_size}; it must be 1 or more")
+    shift, scale = len(config.latents.shift), len(config.latents.scale)
+    if (shift, scale) not in ((0, 0), (config.model.in_channels, config.model.in_channels)):
+        raise ConfigError(
+            f"latents.shift has {shift} numbers and latents.scale {scale}; give"
+            f" {config.model.in_channels} of each, or none of both"
+        )
     unit = vae.factor * config.model.patch_size
     if config.data.image_size % unit or config.data.image_size < unit:
         raise ConfigError(
@@ -90,10 +96,23 @@ def resolve(
     return notes
 
 
-def _check_positive(config: ConfigDict, keys: Sequence[str]) -> None:
-    for key in keys:
-        if config[key] < 1:
-            raise ConfigError(f"{key} is {config[key]}; it must be 1 or more")
+# What the values of some keys must be, in words and as a test that nan does not pass.
+RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+    ("1 or more", lambda x: x >= 1, ("batch_size", "accumulate", "keep_latest", "model.patch_size", "sample.steps")),
+    ("0 or more", lambda x: x >= 0, ("warmup_steps", "stop_at_step", "data.workers")),
+    ("above 0", lambda x: x > 0, ("clip_norm", "model.mlp_ratio")),
+    ("in [0, 1)", lambda x: 0 <= x < 1, ("adam_b1", "adam_b2", "muon_momentum", "ema_decay", "caption_dropout")),
+    ("in [0, 1]", lambda x: 0 <= x <= 1, ("model.dropout",)),
+    ("in [0, 2**32)", lambda x: 0 <= x < 2**32, ("seed",)),
+)
+
+
+def _check_ranges(config: ConfigDict) -> None:
+    for words, holds, keys in RANGES:
+        for key in keys:
+            value = operator.attrgetter(key)(config)
+            if not holds(value):
+                raise ConfigError(f"{key} is {value}; it must be {words}")
 
 
 def compute_dtype(name: str, platform: str) -> jnp.dtype:

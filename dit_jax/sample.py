@@ -151,15 +151,17 @@ class Pipeline:
         defaults = self.config.sample
         scale = float(defaults.guidance_scale if guidance_scale is None else guidance_scale)
         recipe = Recipe(
-            height=height or self.config.data.image_size,
-            width=width or self.config.data.image_size,
-            sampler=sampler or defaults.sampler,
+            height=self.config.data.image_size if height is None else height,
+            width=self.config.data.image_size if width is None else width,
+            sampler=defaults.sampler if sampler is None else sampler,
             steps=defaults.steps if steps is None else steps,
             guided=scale != 1.0,
         )
         self._check(recipe)
         if not len(prompts):
             raise ConfigError("there is nothing to draw: no prompts")
+        if min(seeds) < 0 or max(seeds) >= 2**32:
+            raise ConfigError(f"seeds from {min(seeds)} to {max(seeds)}; they must be in [0, 2**32)")
         if negative_prompt is not None and not recipe.guided:
             warnings.warn("negative_prompt does nothing at guidance_scale 1", stacklevel=2)
         with config_errors("prompt"):

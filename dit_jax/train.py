@@ -81,7 +81,7 @@ def run(config: ConfigDict, workdir: Path) -> TrainState | None:
     dtype = build.compute_dtype(config.dtype, jax.default_backend())
     model, process = build.make_model(config, dtype), build.make_process(config)
     build.make_times(config, process)  # needed later: what cannot be is refused before anything is written
-    build.make_sampler(config, config.sample.sampler, process, process.schedule.grid(max(config.sample.steps, 1)))
+    build.make_sampler(config, config.sample.sampler, process, process.schedule.grid(config.sample.steps))
     optimizer, learning_rate = build.make_optimizer(config)
     identity = {"data": source.fingerprint(), "vae": vae.sha256, "text_encoder": text_encoder.sha256}
 

@@ -1,5 +1,6 @@
 """Objects from a config: gaps that are filled from data and encoders, and values that are refused."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -36,11 +37,38 @@ def test_gaps_are_filled_from_the_encoders_and_epochs_from_the_data():
         ({"batch_size": "0"}, "batch_size is 0"),
         ({"accumulate": "3"}, "batch_size 8 is not divisible by accumulate 3 x 2 devices"),
         ({"data__image_size": "8"}, "data.image_size is 8; it must be a multiple of 16"),
+        ({"sample__steps": "0"}, "sample.steps is 0; it must be 1 or more"),
+        ({"model__patch_size": "0"}, "model.patch_size is 0; it must be 1 or more"),
+        ({"total_steps": "-1"}, "total_steps is -1; it must be 1 or more"),
+        ({"warmup_steps": "-1"}, "warmup_steps is -1; it must be 0 or more"),
+        ({"stop_at_step": "-1"}, "stop_at_step is -1; it must be 0 or more"),
+        ({"data__workers": "-1"}, "data.workers is -1; it must be 0 or more"),
+        ({"clip_norm": "0"}, "clip_norm is 0.0; it must be above 0"),
+        ({"clip_norm": "nan"}, "clip_norm is nan; it must be above 0"),
+        ({"model__mlp_ratio": "0"}, "model.mlp_ratio is 0.0; it must be above 0"),
+        ({"adam_b1": "1"}, "adam_b1 is 1.0; it must be in [0, 1)"),
+        ({"adam_b2": "1.5"}, "adam_b2 is 1.5; it must be in [0, 1)"),
+        ({"ema_decay": "1"}, "ema_decay is 1.0; it must be in [0, 1)"),
+        ({"caption_dropout": "1"}, "caption_dropout is 1.0; it must be in [0, 1)"),
+        ({"model__dropout": "-0.1"}, "model.dropout is -0.1; it must be in [0, 1]"),
+        ({"seed": "-1"}, "seed is -1; it must be in [0, 2**32)"),
+        ({"seed": str(10**20)}, f"seed is {10**20}; it must be in [0, 2**32)"),
+        ({"latents__scale": "(1, 1, 1, 1)"}, "latents.shift has 0 numbers and latents.scale 4; give 4 of each"),
+        (
+            {"latents__scale": "(1, 1)", "latents__shift": "(0, 0)"},
+            "latents.shift has 2 numbers and latents.scale 2; give 4 of each, or none of both",
+        ),
     ],
 )
 def test_values_that_cannot_go_together_are_refused(change, says):
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
         build.resolve(tiny_config(**change), 25, *encoders(), 2)
+
+
+def test_values_at_the_edge_of_what_they_may_be_are_taken():
+    four = "(1, 1, 1, 1)"
+    edges = {"seed": str(2**32 - 1), "clip_norm": "inf", "ema_decay": "0", "model__dropout": "0", "data__workers": "0"}
+    build.resolve(tiny_config(**edges, latents__scale=four, latents__shift=four), 25, *encoders(), 2)
 
 
 def test_the_compute_dtype_follows_the_device():

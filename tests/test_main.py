@@ -42,6 +42,8 @@ def test_an_unknown_key_names_the_one_that_was_meant(capsys, tmp_path):
         ("text_encoder", "no/such/encoder", "no/such/encoder"),
         ("dtype", "float8", "dtype is 'float8'; it can be auto, float32, bfloat16"),
         ("sample.sampler", "magic", "sampler is 'magic'"),
+        ("sample.steps", "0", "sample.steps is 0; it must be 1 or more"),
+        ("seed", "-1", "-1; it must be in [0, "),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_before_anything_is_made(capsys, tmp_path, key, value, says):
