@@ -223,15 +223,15 @@ def prepare_data(config: ConfigDict, workdir: Path, source: Source, vae: VAE, te
     """Encode the source, or get ready to at every step; fill ``config.latents``; look at the first pictures."""
     data = config.data
     samples, bad_records = build.make_samples(config, source, workdir / "bad_records.jsonl")
-    long_captions: list[str] = []
+    long_captions: list[str] | None = []  # None once they are told
 
     def tokenize(captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it would speak at every batch; what it would say is counted here
             ids, mask = text_encoder.tokenize(captions)
-        long_captions.extend(
-            caption for caption, full in zip(captions, np.all(mask, axis=1).tolist(), strict=True) if full
-        )
+        if long_captions is not None:
+            full = np.all(mask, axis=1).tolist()
+            long_captions.extend(caption for caption, cut in zip(captions, full, strict=True) if cut)
         return ids, mask
 
     def raw_batches(batch_size: int, start: int, stop: int) -> Iterator[RawBatch]:
@@ -268,6 +268,7 @@ def prepare_data(config: ConfigDict, workdir: Path, source: Source, vae: VAE, te
             f"warning: captions that fill all {text_encoder.length} tokens of the text encoder, and may be cut:"
             f" {len(set(long_captions))}, the first {long_captions[0][:100]!r}"
         )
+    long_captions = None
     if bad_records:
         say(f"bad records: {len(bad_records)}, replaced by others, listed in {workdir / 'bad_records.jsonl'}")
     return encoded_batches

@@ -1,8 +1,10 @@
 """Whole runs: resuming is exact, a seed is a run, and a workdir holds what it should."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import jax
@@ -11,8 +13,9 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from dit_jax import train
+from dit_jax import build, train
 from dit_jax.config import load_config
+from dit_jax.data.sources import Record
 from dit_jax.errors import ConfigError, DivergedError
 from dit_jax.trees import named_leaves
 from tests.tiny_run import tiny_config, tiny_flags, train_tiny
@@ -63,6 +66,41 @@ def test_encoding_at_every_step_is_the_same_run_as_encoding_once(tiny_run, tmp_p
     for once, every in zip(*rows, strict=True):
         assert once["step"] == every["step"]
         assert once["loss"] == pytest.approx(every["loss"], rel=1e-4)
+
+
+class Caption(str):
+    """A string that a weak reference can watch."""
+
+
+class LongCaptions:
+    """A source whose captions are too long, each another object, and how many of those are still held."""
+
+    name = "long captions"
+
+    def __init__(self):
+        self.given = []
+
+    def __len__(self):
+        return 28
+
+    def __getitem__(self, index):
+        caption = Caption(f"{index} red circles " * 20)
+        self.given.append(weakref.ref(caption))
+        return Record(np.full((64, 64, 3), index, np.uint8), caption, str(index))
+
+    def held(self) -> int:
+        gc.collect()
+        return sum(ref() is not None for ref in self.given)
+
+
+def test_long_captions_are_told_once_and_not_kept_for_the_whole_run(tmp_path, capsys):
+    config, source = tiny_config(data__encode="every_step", data__flip="off"), LongCaptions()
+    encoders = build.make_vae(config), build.make_text_encoder(config)
+    coming = train.prepare_data(config, tmp_path, source, *encoders)
+    assert "may be cut: 28, the first " in capsys.readouterr().out
+    before = source.held()
+    assert len(list(coming(0, 12))) == 12
+    assert len(source.given) >= 28 + 12 * 8 and source.held() <= before + 8  # a batch may still be on its way out
 
 
 def test_gradient_accumulation_gives_the_same_losses(tmp_path):
