@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dit_jax.errors import ConfigError
+from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.runtime import add_flags, run_program, set_up, writable
 from dit_jax.sample import Pipeline, make_grid, save_png
 
@@ -78,6 +78,7 @@ def score_nearest(pipeline: Pipeline, full: bool) -> tuple[Scores, Image.Image, 
     Raises:
       ConfigError: ``full`` is set, which this metric does not have.
       DataError: the training pictures are not where they were.
+      CheckpointError: what is there now is not what the model was trained on.
     """
     from dit_jax import build
     from dit_jax.data.sources import BadRecord
@@ -87,6 +88,11 @@ def score_nearest(pipeline: Pipeline, full: bool) -> tuple[Scores, Image.Image, 
     if full:
         raise ConfigError("--full is for --metric=shapes")
     source = build.make_source(pipeline.config, "train")
+    if source.fingerprint() != pipeline.data:
+        raise CheckpointError(
+            f"the model was trained on other records than data.source={pipeline.config.data.source} holds now"
+            f" (hash {pipeline.data[:12]}, here {source.fingerprint()[:12]}); put them back"
+        )
     pixels, captions = [], []
     for i in range(len(source)):
         try:

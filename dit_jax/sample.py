@@ -39,16 +39,20 @@ class Pipeline:
       vae, text_encoder: its frozen encoders.
       params: parameters of the DiT; may be replaced between calls (as training does).
       step: at which step they were taken; written into the PNG files.
+      data: fingerprint of the records that they were trained on.
 
     Attributes: the arguments, by the same names.
     """
 
-    def __init__(self, config: ConfigDict, vae: "VAE", text_encoder: "TextEncoder", params: Any, step: int) -> None:
+    def __init__(
+        self, config: ConfigDict, vae: "VAE", text_encoder: "TextEncoder", params: Any, step: int, data: str
+    ) -> None:
         import jax
 
         from dit_jax import build
 
-        self.config, self.vae, self.text_encoder, self.params, self.step = config, vae, text_encoder, params, step
+        self.config, self.vae, self.text_encoder = config, vae, text_encoder
+        self.params, self.step, self.data = params, step, data
         self._model = build.make_model(config, build.compute_dtype(config.dtype, jax.default_backend()))
         self._process = build.make_process(config)
         self._latents = build.make_latents(config)
@@ -93,7 +97,7 @@ class Pipeline:
         shapes = jax.eval_shape(lambda key: init_params(model, key, side, side), jax.random.key(0))
         shapes = with_sharding(shapes, replicated(make_mesh(jax.devices()[:1])))
         params = restore_params(workdir / "checkpoints", step, {"ema": "ema", "raw": "params"}[ema], shapes)
-        return cls(config, vae, text_encoder, params, step)
+        return cls(config, vae, text_encoder, params, step, saved["data"])
 
     def __call__(
         self,

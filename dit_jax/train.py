@@ -116,7 +116,7 @@ def run(config: ConfigDict, workdir: Path) -> TrainState | None:
         closing(Writer(workdir, start, config.wandb_project, config.to_dict())) as writer,
         closing(make_progress(config, writer, start, training_flops(model, side, side), mesh)) as progress,
     ):
-        pipeline = Pipeline(config, vae, text_encoder, state.ema, start)
+        pipeline = Pipeline(config, vae, text_encoder, state.ema, start, identity["data"])
         prompts = config.sample.prompts or tuple(itertools.islice(source.captions(), GRID))
         draw = functools.partial(draw_samples, pipeline, prompts, workdir / "samples", writer)
         coming = map(functools.partial(put_batch, mesh=mesh), encoded_batches(start, stop))

@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 
 from dit_jax import evaluate
 from dit_jax.data.shapes_world import EVALUATION_CLASSES, evaluation_scenes, render
-from dit_jax.errors import ConfigError
+from dit_jax.errors import CheckpointError, ConfigError
+from dit_jax.sample import Pipeline
 from tests.tiny_run import tiny_config
 
 COUNT = 20
@@ -26,8 +27,8 @@ class Painter:
 
     step = 7
 
-    def __init__(self, pictures: dict[str, np.ndarray], config: ConfigDict):
-        self.config, self._pictures = config, pictures
+    def __init__(self, pictures: dict[str, np.ndarray], config: ConfigDict, data: str = ""):
+        self.config, self.data, self._pictures = config, data, pictures
 
     def draw(self, prompts, seeds):
         assert list(seeds) == list(range(len(prompts)))
@@ -65,14 +66,22 @@ def test_nearest_counts_pictures_that_look_like_their_captions_own():
     records = [source[i] for i in range(len(source))]
     rng = np.random.default_rng(0)
     noisy = {r.caption: np.clip(r.image + rng.normal(0, 5, r.image.shape), 0, 255).astype(np.uint8) for r in records}
-    scores, grid, line = evaluate.score_nearest(Painter(noisy, tiny_config()), full=False)
+    data = source.fingerprint()
+    scores, grid, line = evaluate.score_nearest(Painter(noisy, tiny_config(), data), full=False)
     assert scores == {"prompts": COUNT, "hits": 1.0} and line == "nearest: hits=1.00"
     assert grid.size == (8 * 64, 3 * 64)
     shuffled = dict(zip(noisy, [*list(noisy.values())[1:], next(iter(noisy.values()))], strict=True))
-    scores, _, _ = evaluate.score_nearest(Painter(shuffled, tiny_config()), full=False)
+    scores, _, _ = evaluate.score_nearest(Painter(shuffled, tiny_config(), data), full=False)
     assert scores["hits"] < 0.2
     with pytest.raises(ConfigError, match="--full is for --metric=shapes"):
-        evaluate.score_nearest(Painter(noisy, tiny_config()), full=True)
+        evaluate.score_nearest(Painter(noisy, tiny_config(), data), full=True)
+
+
+def test_nearest_refuses_records_that_the_model_was_not_trained_on(tiny_run):
+    pipeline = Pipeline.load(tiny_run)
+    pipeline.config.data.num_pictures = 27
+    with pytest.raises(CheckpointError, match="trained on other records than data.source=shapes holds now"):
+        evaluate.score_nearest(pipeline, full=False)
 
 
 def test_the_program_writes_the_scores_and_ends_with_their_line(tmp_path, monkeypatch, capsys):
