@@ -2,7 +2,7 @@
 # From a fresh clone to pictures that follow their prompts: installs dit_jax, trains the quickstart model on the
 # shapes world, draws and scores prompts of seeds that it never saw. Run again, it resumes, or only draws and scores.
 #
-#   bash launch/quickstart.sh                    made for a quarter of an hour on two CPU cores
+#   bash launch/quickstart.sh                    12 minutes on two CPU cores
 #   bash launch/quickstart.sh --print_extra      only says which accelerator it would install for
 #   bash launch/quickstart.sh --workdir=DIR --config.total_steps=500
 #                                                every other argument goes to the training program

@@ -8,9 +8,8 @@ only measures what is in the output folder; the first ends with the same measure
 as they improve, so an interrupted run leaves usable ones.
 
 Hardware: 2 CPU cores with AVX-512. A VAE step takes 0.27 s there when nothing else runs and a CLIP step 0.3 s, which
-makes 30 minutes (an estimate: the shipped weights came in shorter parts, `dit_jax/assets/README.md`). Reached by the
-shipped weights, on 1,000 scenes: accepted 0.997 (one object) and 0.978 (two), retrieval 0.998, PSNR 25.4 dB; the aims
-are in `tiny_encoders/aims.py`.
+makes 35 minutes (an estimate: the shipped weights came in parts, `dit_jax/assets/README.md`, which also has what they
+reach); the aims are in `tiny_encoders/aims.py`.
 """
 
 import os
