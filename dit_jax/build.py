@@ -101,8 +101,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("1 or more", lambda x: x >= 1, ("batch_size", "accumulate", "keep_latest", "model.patch_size", "sample.steps")),
     ("0 or more", lambda x: x >= 0, ("warmup_steps", "stop_at_step", "data.workers")),
     ("above 0", lambda x: x > 0, ("clip_norm", "model.mlp_ratio")),
-    ("in [0, 1)", lambda x: 0 <= x < 1, ("adam_b1", "adam_b2", "muon_momentum", "ema_decay", "caption_dropout")),
-    ("in [0, 1]", lambda x: 0 <= x <= 1, ("model.dropout",)),
+    ("in [0, 1)", lambda x: 0 <= x < 1, ("adam_b1", "adam_b2", "muon_momentum", "ema_decay")),
+    ("in [0, 1]", lambda x: 0 <= x <= 1, ("model.dropout", "caption_dropout")),
     ("in [0, 2**32)", lambda x: 0 <= x < 2**32, ("seed",)),
 )
 

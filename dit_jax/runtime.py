@@ -103,10 +103,9 @@ def set_up(allow_cpu: bool, verbose: bool) -> None:
     if jax.default_backend() == "cpu" and not allow_cpu and os.environ.get("JAX_PLATFORMS") != "cpu":
         driver = _nvidia_driver()
         if driver:
-            extra = "cuda13" if int(driver.split(".")[0]) >= 580 else "cuda12"
             raise ConfigError(
-                f"there is an NVIDIA device (driver {driver}), but JAX runs on CPU: pip install '.[{extra}]',"
-                " or pass --allow_cpu"
+                f"there is an NVIDIA device (driver {driver}), but JAX runs on CPU: pip install '.[cuda13]' (from driver"
+                " 580 and compute capability 7.5) or '.[cuda12]' (from driver 525), or pass --allow_cpu"
             )
 
 

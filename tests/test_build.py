@@ -49,7 +49,7 @@ def test_gaps_are_filled_from_the_encoders_and_epochs_from_the_data():
         ({"adam_b1": "1"}, "adam_b1 is 1.0; it must be in [0, 1)"),
         ({"adam_b2": "1.5"}, "adam_b2 is 1.5; it must be in [0, 1)"),
         ({"ema_decay": "1"}, "ema_decay is 1.0; it must be in [0, 1)"),
-        ({"caption_dropout": "1"}, "caption_dropout is 1.0; it must be in [0, 1)"),
+        ({"caption_dropout": "1.5"}, "caption_dropout is 1.5; it must be in [0, 1]"),
         ({"model__dropout": "-0.1"}, "model.dropout is -0.1; it must be in [0, 1]"),
         ({"seed": "-1"}, "seed is -1; it must be in [0, 2**32)"),
         ({"seed": str(10**20)}, f"seed is {10**20}; it must be in [0, 2**32)"),
