@@ -104,8 +104,8 @@ def set_up(allow_cpu: bool, verbose: bool) -> None:
         driver = _nvidia_driver()
         if driver:
             raise ConfigError(
-                f"there is an NVIDIA device (driver {driver}), but JAX runs on CPU: pip install '.[cuda13]' (from driver"
-                " 580 and compute capability 7.5) or '.[cuda12]' (from driver 525), or pass --allow_cpu"
+                f"there is an NVIDIA device (driver {driver}), but JAX runs on CPU: pip install '.[cuda13]' (driver"
+                " 580, compute capability 7.5, or newer) or '.[cuda12]' (driver 525), or pass --allow_cpu"
             )
 
 
