@@ -14,6 +14,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
@@ -30,6 +31,12 @@ INTERRUPTED = 130
 DISK_FULL = ("No space left", "os_error_code='28'", "Disk quota")
 
 
+def _interrupt_once(*_: Any) -> None:
+    """The first Ctrl-C ends the program; more of them must not tear what it still writes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that every program has."""
     group = parser.add_argument_group("process")
@@ -43,6 +50,7 @@ def run_program(main: Callable[[], None], show_traceback: bool, less_memory: str
 
     ``less_memory`` is what the user of this program can do when the device's memory is not enough.
     """
+    signal.signal(signal.SIGINT, _interrupt_once)
     try:
         main()
     except UserError as error:

@@ -1,5 +1,7 @@
 """How programs end: each kind of failure has its exit code and one line that says what to do."""
 
+import signal
+
 import pytest
 
 from dit_jax.errors import WorkdirError
@@ -55,3 +57,23 @@ def test_what_cannot_be_written_names_the_folder(tmp_path):
     file.touch()
     with pytest.raises(WorkdirError, match=f"cannot write to {file}: File exists"), writable(file):
         file.mkdir(exist_ok=True)
+
+
+def test_ctrl_c_twice_lets_the_program_finish_what_it_writes(capsys):
+    finished = []
+
+    def main():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            finished.append("the checkpoint")
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as exit:
+            run_program(main, False, "")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (exit.value.code, finished) == (130, ["the checkpoint"])
+    assert capsys.readouterr().err == "interrupted\n"
