@@ -194,7 +194,7 @@ def refuse_another(saved: dict[str, str], found: dict[str, str]) -> None:
     if changed:
         raise ConfigError(
             f"the run was begun with another {' and '.join(changed)} (compared by hash);"
-            " name the source of the run or put its files back, or begin a new run in another --workdir"
+            " name its own again or put the files back, or begin a new run in another --workdir"
         )
 
 

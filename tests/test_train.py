@@ -149,6 +149,22 @@ def test_a_workdir_of_another_config_is_refused_and_left_alone(tiny_run):
     assert (tiny_run / "config.json").read_bytes() == before
 
 
+def test_a_run_does_not_go_on_with_other_pictures(tmp_path):
+    """The config is the same, a file behind it is not."""
+    pictures, run = tmp_path / "pictures", tmp_path / "run"
+    pictures.mkdir()
+    for k in range(8):
+        Image.new("RGB", (64, 64), (30 * k, 0, 0)).save(pictures / f"{k}.png")
+        (pictures / f"{k}.txt").write_text(f"a picture of {k} red")
+    change = {"data__source": f"folder:{pictures}", "total_steps": "2", "sample_every": "0", "save_every": "1"}
+    train_tiny(run, **change, stop_at_step="1")
+    (pictures / "3.txt").write_text("a picture of something else")
+    before = sorted(path.name for path in (run / "checkpoints").iterdir())
+    with pytest.raises(ConfigError, match="the run was begun with another data"):
+        train_tiny(run, **change)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
+
+
 def test_the_loss_falls(tmp_path):
     run = train_tiny(tmp_path, total_steps="150", batch_size="16", log_every="1", learning_rate="0.003",
                      sample_every="0", save_every="0")  # fmt: skip
