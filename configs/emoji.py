@@ -5,7 +5,7 @@
     python -m dit_jax.evaluate --model=runs/emoji --metric=nearest
 
 One CPU core, about 170 ms a step: an hour to step 20,000, where the nearest training picture is that of the caption
-for 0.99 of 100 captions (docs/results.md has the grid).
+for 0.99 of 100 captions (docs/results.md has the grid; the embedded CLIP was an earlier one).
 """
 
 from ml_collections import ConfigDict
