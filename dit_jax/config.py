@@ -20,6 +20,8 @@ from dit_jax.errors import CheckpointError, ConfigError
 
 SECTIONS = ("latents", "data", "diffusion", "model", "sample")
 
+TRAINED = "trained"  # what the config.json of an export says beside the config: see dit_jax.stored
+
 # What a run that is resumed may change; every other key must be what it was.
 CHANGEABLE = (
     "stop_at_step",
@@ -104,17 +106,17 @@ def _fresh(config: ConfigDict) -> ConfigDict:
 
 
 def read_json(path: Path) -> ConfigDict:
-    """A resolved config, as a run keeps it."""
+    """A resolved config, as a run or an export keeps it."""
     try:
         found = _tuples(json.loads(path.read_text()))
-        config = ConfigDict(found if isinstance(found, dict) else {})
+        config = ConfigDict({key: found[key] for key in found if key != TRAINED} if isinstance(found, dict) else {})
     except ValueError as error:
         raise ConfigError(f"{path} is not a config: {error}") from error
     return _with_sections(config, path)
 
 
 def read_run(workdir: Path) -> ConfigDict:
-    """The config that a run was started with."""
+    """The config that a run was started with, from its folder or that of its export."""
     path = workdir / "config.json"
     if not path.is_file():
         raise CheckpointError(f"no run in {workdir}: there is no {path}")

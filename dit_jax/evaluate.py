@@ -88,10 +88,10 @@ def score_nearest(pipeline: Pipeline, full: bool) -> tuple[Scores, Image.Image, 
     if full:
         raise ConfigError("--full is for --metric=shapes")
     source = build.make_source(pipeline.config, "train")
-    if source.fingerprint() != pipeline.data:
+    if source.fingerprint() != pipeline.trained.data:
         raise CheckpointError(
             f"the model was trained on other records than data.source={pipeline.config.data.source} holds now"
-            f" (hash {pipeline.data[:12]}, here {source.fingerprint()[:12]}); put them back"
+            f" (hash {pipeline.trained.data[:12]}, here {source.fingerprint()[:12]}); put them back"
         )
     pixels, captions = [], []
     for i in range(len(source)):
@@ -119,10 +119,10 @@ METRICS: dict[str, Callable[[Pipeline, bool], tuple[Scores, Image.Image, str]]] 
 def main(argv: Sequence[str] | None = None) -> None:
     """The program's flags."""
     parser = argparse.ArgumentParser(prog="python -m dit_jax.evaluate", description="Score a trained model.")
-    parser.add_argument("--model", "--workdir", type=Path, required=True, help="folder of a run")
+    parser.add_argument("--model", "--workdir", type=Path, required=True, help="folder of a run or an export")
     parser.add_argument("--metric", choices=METRICS, default="shapes")
     parser.add_argument("--full", action="store_true", help=f"shapes: {FULL} prompts of each class, not {QUICK}")
-    parser.add_argument("--ema", choices=("ema", "raw"), default="ema", help="averaged or last parameters")
+    parser.add_argument("--ema", choices=("ema", "raw"), help="averaged (default) or last parameters")
     parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
     add_flags(parser)
     args = parser.parse_args(argv)
@@ -135,14 +135,15 @@ def _evaluate(args: argparse.Namespace) -> None:
     folder = args.model / "evaluation"
     with writable(folder):
         folder.mkdir(exist_ok=True)
-    settings = pipeline.config.sample.to_dict() | {"step": pipeline.step, "parameters": args.ema}
+    trained = pipeline.trained
+    settings = pipeline.config.sample.to_dict() | {"step": trained.step, "parameters": trained.parameters}
     settings.pop("prompts")
     print("settings: " + " ".join(f"{key}={value}" for key, value in settings.items()), flush=True)
     scores, grid, line = METRICS[args.metric](pipeline, args.full)
     written = json.dumps({"settings": settings, "scores": scores}, indent=2)
     with writable(folder):
         (folder / f"{args.metric}.json").write_text(written + "\n")
-        save_png(grid, folder / f"{args.metric}.png", {"step": str(pipeline.step)})
+        save_png(grid, folder / f"{args.metric}.png", {"step": str(trained.step)})
     print(f"pictures, unpicked: {folder / f'{args.metric}.png'}")
     print(line)
 

@@ -20,13 +20,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dit_jax.arrays import TextStates
-from dit_jax.config import read_run
-from dit_jax.errors import CheckpointError, ConfigError
+from dit_jax.errors import ConfigError
 from dit_jax.runtime import add_flags, run_program, set_up, writable
 
 if TYPE_CHECKING:
     from dit_jax.encoders import VAE, TextEncoder
     from dit_jax.encoders.tokenizer import LongPrompt
+    from dit_jax.stored import Trained
 
 BATCHES = (1, 4, 16, 64)  # compiled batch sizes: a call is cut into the largest and padded to the smallest that fits
 
@@ -38,66 +38,47 @@ class Pipeline:
       config: the run's resolved config.
       vae, text_encoder: its frozen encoders.
       params: parameters of the DiT; may be replaced between calls (as training does).
-      step: at which step they were taken; written into the PNG files.
-      data: fingerprint of the records that they were trained on.
+      trained: what they came from; its step is written into the PNG files.
 
     Attributes: the arguments, by the same names.
     """
 
     def __init__(
-        self, config: ConfigDict, vae: "VAE", text_encoder: "TextEncoder", params: Any, step: int, data: str
+        self, config: ConfigDict, vae: "VAE", text_encoder: "TextEncoder", params: Any, trained: "Trained"
     ) -> None:
         import jax
 
         from dit_jax import build
 
         self.config, self.vae, self.text_encoder = config, vae, text_encoder
-        self.params, self.step, self.data = params, step, data
+        self.params, self.trained = params, trained
         self._model = build.make_model(config, build.compute_dtype(config.dtype, jax.default_backend()))
         self._process = build.make_process(config)
         self._latents = build.make_latents(config)
         self._compiled = functools.lru_cache(maxsize=None)(self._compile)
 
     @classmethod
-    def load(cls, path: str | Path, ema: str = "ema", step: int | None = None) -> "Pipeline":
-        """Load a model from a run's folder.
+    def load(cls, path: str | Path, ema: str | None = None, step: int | None = None) -> "Pipeline":
+        """Load a trained model.
 
         Args:
-          path: the workdir.
-          ema: ``ema`` for the averaged parameters, ``raw`` for the last ones.
-          step: which checkpoint; None takes the newest.
+          path: the folder of a run or an export.
+          ema: ``ema`` for the averaged parameters, ``raw`` for the last ones; None takes what an export holds, and the
+            averaged ones of a run.
+          step: which checkpoint of a run; None takes the newest.
 
         Raises:
-          CheckpointError: no run or no such checkpoint there.
-          ConfigError: ``ema`` is neither.
+          CheckpointError: no such model there, or one that was trained with other encoders.
+          ConfigError: ``ema`` is neither, or an encoder cannot be loaded.
         """
-        import jax
-        import jax.numpy as jnp
-
         from dit_jax import build
-        from dit_jax.sharding import make_mesh, replicated, with_sharding
-        from dit_jax.training.checkpoint import find_step, restore_metadata, restore_params
-        from dit_jax.training.state import init_params
+        from dit_jax.stored import open_stored
 
-        if ema not in ("ema", "raw"):
-            raise ConfigError(f"ema is {ema!r}; it can be ema, raw")
-        workdir = Path(path)
-        config = read_run(workdir)
-        step = find_step(workdir / "checkpoints", step)
-        vae, text_encoder = build.make_vae(config), build.make_text_encoder(config)
-        saved = restore_metadata(workdir / "checkpoints", step)
-        for name, encoder in (("vae", vae), ("text_encoder", text_encoder)):
-            if saved[name] != encoder.sha256:
-                raise CheckpointError(
-                    f"{workdir} was trained with another {name} than {encoder.name} (sha256"
-                    f" {saved[name][:12]}, here {encoder.sha256[:12]}); put the files back"
-                )
-        model = build.make_model(config, jnp.float32)
-        side = config.data.image_size // vae.factor
-        shapes = jax.eval_shape(lambda key: init_params(model, key, side, side), jax.random.key(0))
-        shapes = with_sharding(shapes, replicated(make_mesh(jax.devices()[:1])))
-        params = restore_params(workdir / "checkpoints", step, {"ema": "ema", "raw": "params"}[ema], shapes)
-        return cls(config, vae, text_encoder, params, step, saved["data"])
+        stored = open_stored(Path(path), ema, step)
+        encoders = stored.encoder_config()
+        vae, text_encoder = build.make_vae(encoders), build.make_text_encoder(encoders)
+        stored.check_encoders({"vae": vae.sha256, "text_encoder": text_encoder.sha256})
+        return cls(stored.config, vae, text_encoder, stored.restore(vae.factor), stored.trained)
 
     def __call__(
         self,
@@ -134,7 +115,7 @@ class Pipeline:
         pixels = self.draw(prompts, seeds, steps, guidance_scale, negative_prompt, sampler, height, width, long_prompt)
         images = [Image.fromarray(p) for p in pixels]
         for image, prompt, one_seed in zip(images, prompts, seeds, strict=True):
-            image.info = {"prompt": prompt, "seed": str(one_seed), "step": str(self.step)}
+            image.info = {"prompt": prompt, "seed": str(one_seed), "step": str(self.trained.step)}
         return images
 
     def draw(
@@ -263,7 +244,7 @@ def save_png(image: Image.Image, path: Path, info: dict[str, str]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The program's flags."""
     parser = argparse.ArgumentParser(prog="python -m dit_jax.sample", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", "--workdir", required=True, help="folder of a run")
+    parser.add_argument("--model", "--workdir", required=True, help="folder of a run or an export")
     parser.add_argument("--prompt", action="append", default=[], help="may be given more than once")
     parser.add_argument("--prompts_file", type=Path, help="one prompt a line")
     parser.add_argument("--num_images", type=int, default=1, help="per prompt")
@@ -274,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sampler", help="ddpm | ddim | euler | heun; default: the run's")
     parser.add_argument("--height", type=int, help="pixels; default: the run's")
     parser.add_argument("--width", type=int)
-    parser.add_argument("--ema", choices=("ema", "raw"), default="ema", help="averaged or last parameters")
+    parser.add_argument("--ema", choices=("ema", "raw"), help="averaged (default) or last parameters")
     parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
     parser.add_argument("--long_prompt", choices=("truncate", "error"), default="truncate")
     parser.add_argument("--output", type=Path, default=Path("pictures"), help="folder for the PNG files")
@@ -310,7 +291,7 @@ def _draw(args: argparse.Namespace) -> None:
     pipeline = Pipeline.load(args.model, args.ema, args.step)
     with writable(args.output):
         args.output.mkdir(parents=True, exist_ok=True)
-    print(f"{args.model}: step {pipeline.step}, {args.ema} parameters", flush=True)
+    print(f"{args.model}: step {pipeline.trained.step}, {pipeline.trained.parameters} parameters", flush=True)
     images = pipeline(
         prompts,
         steps=args.steps,

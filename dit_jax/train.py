@@ -6,6 +6,7 @@ Called again with the same config it goes on where the last checkpoint ends, and
 as a run that was never interrupted.
 """
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -39,6 +40,7 @@ from dit_jax.models.flops import peak_flops, training_flops
 from dit_jax.runtime import writable
 from dit_jax.sample import Pipeline, make_grid, save_png
 from dit_jax.sharding import make_mesh, put_batch
+from dit_jax.stored import Trained
 from dit_jax.training import encode
 from dit_jax.training.checkpoint import Checkpoints, Commit, restore_metadata
 from dit_jax.training.encode import EncodedBatch
@@ -116,7 +118,7 @@ def run(config: ConfigDict, workdir: Path) -> TrainState | None:
         closing(Writer(workdir, start, config.wandb_project, config.to_dict())) as writer,
         closing(make_progress(config, writer, start, training_flops(model, side, side), mesh)) as progress,
     ):
-        pipeline = Pipeline(config, vae, text_encoder, state.ema, start, identity["data"])
+        pipeline = Pipeline(config, vae, text_encoder, state.ema, Trained(start, "ema", **identity))
         prompts = config.sample.prompts or tuple(itertools.islice(source.captions(), GRID))
         draw = functools.partial(draw_samples, pipeline, prompts, workdir / "samples", writer)
         coming = map(functools.partial(put_batch, mesh=mesh), encoded_batches(start, stop))
@@ -311,7 +313,7 @@ def draw_samples(
     pipeline: Pipeline, prompts: Sequence[str], folder: Path, writer: Writer, params: Any, step: int
 ) -> Path:
     """Draw the fixed prompts with fixed noise and these parameters; write a grid and show it on TensorBoard."""
-    pipeline.params, pipeline.step = params, step
+    pipeline.params, pipeline.trained = params, dataclasses.replace(pipeline.trained, step=step)
     pixels = pipeline.draw(prompts, range(len(prompts)))
     grid = make_grid([Image.fromarray(p) for p in pixels], columns=min(len(prompts), 4))
     folder.mkdir(exist_ok=True)

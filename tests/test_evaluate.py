@@ -11,6 +11,7 @@ from dit_jax import evaluate
 from dit_jax.data.shapes_world import EVALUATION_CLASSES, evaluation_scenes, render
 from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.sample import Pipeline
+from dit_jax.stored import Trained
 from tests.tiny_run import tiny_config
 
 COUNT = 20
@@ -25,10 +26,9 @@ def few(monkeypatch):
 class Painter:
     """Stands in for a pipeline: paints what each prompt says, from a table."""
 
-    step = 7
-
     def __init__(self, pictures: dict[str, np.ndarray], config: ConfigDict, data: str = ""):
-        self.config, self.data, self._pictures = config, data, pictures
+        self.config, self._pictures = config, pictures
+        self.trained = Trained(7, "ema", data, "", "")
 
     def draw(self, prompts, seeds):
         assert list(seeds) == list(range(len(prompts)))

@@ -99,7 +99,7 @@ class Checkpoints:
           CheckpointError: if the step is missing, unreadable, or of another model.
         """
 
-        with _readable(self.directory, step):
+        with _readable(self.directory / str(step)):
             items = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -134,10 +134,26 @@ def restore_params(directory: Path, step: int, item: str, shapes: Any) -> Any:
     return _restore_item(directory, step, item, _wanted(shapes))
 
 
+def save_tree(path: Path, tree: Any) -> None:
+    """Write a tree of arrays by itself, and wait until it is there."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path.absolute(), tree)
+
+
+def restore_tree(path: Path, shapes: Any) -> Any:
+    """What `save_tree` wrote, in the types and shardings of ``shapes``.
+
+    Raises:
+      CheckpointError: if it is unreadable or of another model.
+    """
+    with _readable(path), ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path.absolute(), jax.tree.map(ocp.utils.to_shape_dtype_struct, shapes))
+
+
 def _restore_item(directory: Path, step: int, item: str, args: Any) -> Any:
     options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
     with (
-        _readable(directory, step),
+        _readable(directory / str(step)),
         ocp.CheckpointManager(directory.absolute(), item_names=ITEMS, options=options) as manager,
     ):
         return manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
@@ -148,12 +164,12 @@ def _wanted(tree: Any) -> ocp.args.StandardRestore:
 
 
 @contextlib.contextmanager
-def _readable(directory: Path, step: int) -> Iterator[None]:
+def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"cannot restore step {step} from {directory}: {reason}") from error
+        raise CheckpointError(f"cannot restore {path}: {reason}") from error
 
 
 def find_step(directory: Path, step: int | None) -> int:

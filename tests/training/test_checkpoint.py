@@ -61,7 +61,7 @@ def test_what_is_missing_or_of_another_model_is_an_error(saved, tmp_path):
         find_step(folder, 5)
     with pytest.raises(CheckpointError, match="no checkpoint in"):
         find_step(tmp_path, None)
-    with pytest.raises(CheckpointError, match="cannot restore step 7"):
+    with pytest.raises(CheckpointError, match="cannot restore .*/7: "):
         checkpoints.restore(7, make_state(7, width=5))
-    with pytest.raises(CheckpointError, match="cannot restore step 5"):
+    with pytest.raises(CheckpointError, match="cannot restore .*/5: "):
         checkpoints.restore(5, make_state(7))

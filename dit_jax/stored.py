@@ -1,0 +1,195 @@
+"""Trained models on disk: what a run or an export says of itself, and how its parameters are read.
+
+    run      config.json  checkpoints/<step>/...
+    export   config.json  model.safetensors (or orbax/)  [vae/]  [text_encoder/]
+
+An export's ``config.json`` is that of its run with one section more, ``trained``: the step, which parameters, and the
+hashes of data and encoders. The encoders that it was trained with lie in it, or ``vae`` and ``text_encoder`` name them.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+from jax.typing import DTypeLike
+from ml_collections import ConfigDict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from dit_jax import build
+from dit_jax.config import TRAINED, read_run
+from dit_jax.errors import CheckpointError, ConfigError
+from dit_jax.sharding import make_mesh, replicated, with_sharding
+from dit_jax.training.checkpoint import find_step, restore_metadata, restore_params, restore_tree, save_tree
+from dit_jax.training.state import init_params
+from dit_jax.trees import named_leaves
+
+FORMATS = ("safetensors", "orbax")
+PARAMETERS = ("ema", "raw")
+SAFETENSORS, ORBAX = "model.safetensors", "orbax"
+ENCODERS = ("vae", "text_encoder")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a set of parameters came from.
+
+    Attributes:
+      step: after which step of training they were taken.
+      parameters: ``ema`` (averaged) or ``raw`` (last).
+      data: fingerprint of the records that they were trained on.
+      vae, text_encoder: sha256 of the encoders.
+    """
+
+    step: int
+    parameters: str
+    data: str
+    vae: str
+    text_encoder: str
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A trained model on disk, its arrays not read yet; `open_stored` finds one.
+
+    Attributes:
+      folder: where it lies.
+      config: the resolved config of its run.
+      trained: what its parameters came from.
+    """
+
+    folder: Path
+    config: ConfigDict
+    trained: Trained
+
+    def encoder_config(self) -> ConfigDict:
+        """The config with the encoders that were copied into the folder in place of those that it names."""
+        config = self.config.copy_and_resolve_references()
+        for name in ENCODERS:
+            if (self.folder / name).is_dir():
+                config[name] = str(self.folder / name)
+        return config
+
+    def check_encoders(self, found: Mapping[str, str]) -> None:
+        """Raises CheckpointError if an encoder is another one than in training; ``found`` has their sha256."""
+        for name in ENCODERS:
+            saved = getattr(self.trained, name)
+            if saved != found[name]:
+                raise CheckpointError(
+                    f"{self.folder} was trained with another {name} than {self.encoder_config()[name]} (sha256"
+                    f" {saved[:12]}, here {found[name][:12]}); put the files back"
+                )
+
+    def restore(self, factor: int, sharding: Sharding | None = None) -> Any:
+        """The parameters, float32.
+
+        Args:
+          factor: f of the VAE: with the picture size it says how large the table of positions is.
+          sharding: where every leaf shall lie; None is the first device.
+
+        Raises:
+          CheckpointError: they are unreadable, or those of another model.
+        """
+        shapes = parameter_shapes(self.config, factor)
+        shapes = with_sharding(shapes, sharding or replicated(make_mesh(jax.devices()[:1])))
+        if (self.folder / SAFETENSORS).is_file():
+            return _read_safetensors(self.folder / SAFETENSORS, shapes)
+        if (self.folder / ORBAX).is_dir():
+            return restore_tree(self.folder / ORBAX, shapes)
+        item = {"ema": "ema", "raw": "params"}[self.trained.parameters]
+        return restore_params(self.folder / "checkpoints", self.trained.step, item, shapes)
+
+
+def open_stored(folder: Path, parameters: str | None, step: int | None) -> Stored:
+    """Find a trained model in the folder of a run or an export.
+
+    Args:
+      folder: the run or export.
+      parameters: ``ema`` or ``raw``; None takes what an export holds, and ``ema`` of a run.
+      step: which checkpoint; None takes the newest, or the one that was exported.
+
+    Raises:
+      CheckpointError: there is none, not this one, or what it says of itself is damaged.
+      ConfigError: ``parameters`` is neither.
+    """
+    if parameters not in (None, *PARAMETERS):
+        raise ConfigError(f"ema is {parameters!r}; it can be {', '.join(PARAMETERS)}")
+    config = read_run(folder)
+    trained = _read_trained(folder / "config.json")
+    if trained is None:
+        step = find_step(folder / "checkpoints", step)
+        hashes = restore_metadata(folder / "checkpoints", step)
+        return Stored(folder, config, Trained(step=step, parameters=parameters or "ema", **hashes))
+    for asked, held in ((parameters, trained.parameters), (step, trained.step)):
+        if asked not in (None, held):
+            raise CheckpointError(
+                f"{folder} is an export of the {trained.parameters} parameters of step {trained.step};"
+                f" {asked} is only in the run that it came from"
+            )
+    return Stored(folder, config, trained)
+
+
+def write_stored(folder: Path, config: ConfigDict, trained: Trained, params: Any, form: str, dtype: DTypeLike) -> None:
+    """Write parameters and what they came from as an export, without its encoders.
+
+    Args:
+      folder: an empty folder.
+      config: of the run.
+      trained: what they came from.
+      params: the parameters.
+      form: of `FORMATS`; ``orbax`` restores on any number and kind of devices.
+      dtype: float32 or bfloat16, of the numbers on disk.
+    """
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    if form == "orbax":
+        save_tree(folder / ORBAX, params)
+    else:
+        leaves = {name: np.ascontiguousarray(leaf) for name, leaf in named_leaves(jax.device_get(params)).items()}
+        save_file(leaves, folder / SAFETENSORS, metadata={"format": "dit_jax"})
+    text = json.dumps(config.to_dict() | {TRAINED: asdict(trained)}, indent=2)
+    (folder / "config.json").write_text(text + "\n")
+
+
+def parameter_shapes(config: ConfigDict, factor: int) -> Any:
+    """Shapes and types of the parameters of a resolved config; ``factor`` is that of the VAE."""
+    model, side = build.make_model(config, jnp.float32), config.data.image_size // factor
+    return jax.eval_shape(lambda key: init_params(model, key, side, side), jax.random.key(0))
+
+
+def _read_trained(path: Path) -> Trained | None:
+    """What an export says of its parameters; None of a run, which says it in every checkpoint."""
+    found = json.loads(path.read_text()).get(TRAINED)
+    try:
+        return None if found is None else Trained(**found)
+    except TypeError as error:
+        raise CheckpointError(f"{path} is damaged: its section {TRAINED!r} should have other keys ({error})") from error
+
+
+def _read_safetensors(path: Path, shapes: Any) -> Any:
+    """The tensors of a file in the tree of ``shapes``, cast to its types and put where it says."""
+    expected = named_leaves(shapes)
+    try:
+        with safe_open(path, framework="np") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            wrong = [f"missing {name}" for name in expected if name not in found]
+            wrong += [f"extra {name}" for name in found if name not in expected]
+            wrong += [
+                f"misshapen {name} {found[name]}, expected {leaf.shape}"
+                for name, leaf in expected.items()
+                if found.get(name, leaf.shape) != leaf.shape
+            ]
+            if wrong:
+                raise CheckpointError(f"{path} does not fit its config.json: {'; '.join(wrong)}")
+            leaves = [
+                jax.device_put(file.get_tensor(name).astype(leaf.dtype), leaf.sharding)
+                for name, leaf in expected.items()
+            ]
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
