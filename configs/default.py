@@ -33,7 +33,9 @@ def get_config() -> ConfigDict:
     c.ema_decay = 0.9999  # of the averaged parameters that samples are drawn with
 
     # ---- numbers
-    c.dtype = "auto"  # compute: auto | float32 | bfloat16. auto is bfloat16 on GPU and TPU, float32 on CPU
+    # compute: auto | float32 | bfloat16 | float16 (with dynamic loss scaling). auto: float32 on CPU, bfloat16 on TPU
+    # and GPU, float16 on a GPU older than Ampere (T4, V100)
+    c.dtype = "auto"
 
     # ---- what is written, in steps; 0 is off
     c.log_every = 100

@@ -8,6 +8,7 @@ the config into one object. Where a config comes from is in `dit_jax.config`.
 import contextlib
 import importlib.util
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -115,14 +116,26 @@ def _check_ranges(config: ConfigDict) -> None:
                 raise ConfigError(f"{key} is {value}; it must be {words}")
 
 
-def compute_dtype(name: str, platform: str) -> jnp.dtype:
-    """The dtype of the network's arithmetic: ``auto`` is bfloat16 on GPU and TPU, float32 on CPU."""
-    choices = {
-        "auto": jnp.float32 if platform == "cpu" else jnp.bfloat16,
-        "float32": jnp.float32,
-        "bfloat16": jnp.bfloat16,
-    }
+def compute_dtype(name: str, device: jax.Device) -> jnp.dtype:
+    """The dtype of the network's arithmetic; ``auto`` is the one that the device is fast at.
+
+    That is float32 on a CPU, bfloat16 on a TPU and on a GPU since Ampere (compute capability 8.0), float16 on an older
+    one, which has no bfloat16.
+    """
+    if device.platform == "cpu":
+        fast = jnp.float32
+    elif device.platform == "gpu" and _compute_capability(device) < (8, 0):
+        fast = jnp.float16
+    else:
+        fast = jnp.bfloat16
+    choices = {"auto": fast, "float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
     return _choose("dtype", name, choices)
+
+
+def _compute_capability(device: jax.Device) -> tuple[int, ...]:
+    """NVIDIA's version of a GPU's features, e.g. (7, 5) of a T4. Other makers' GPUs have bfloat16 and count as new."""
+    capability = getattr(device, "compute_capability", "")
+    return tuple(map(int, capability.split("."))) if re.fullmatch(r"\d+\.\d+", capability) else (8, 0)
 
 
 @contextlib.contextmanager
@@ -287,7 +300,6 @@ def make_optimizer(config: ConfigDict) -> tuple["optax.GradientTransformation", 
         )
         made = optimizer.make_optimizer(
             config.optimizer,
-            schedule,
             config.adam_b1,
             config.adam_b2,
             config.muon_momentum,

@@ -52,7 +52,7 @@ class Pipeline:
 
         self.config, self.vae, self.text_encoder = config, vae, text_encoder
         self.params, self.trained = params, trained
-        self._model = build.make_model(config, build.compute_dtype(config.dtype, jax.default_backend()))
+        self._model = build.make_model(config, build.compute_dtype(config.dtype, jax.devices()[0]))
         self._process = build.make_process(config)
         self._latents = build.make_latents(config)
         self._compiled = functools.lru_cache(maxsize=None)(self._compile)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -80,7 +81,7 @@ def run(config: ConfigDict, workdir: Path) -> TrainState | None:
     vae, text_encoder = build.make_vae(config), build.make_text_encoder(config)
     source = build.make_source(config, "train")
     notes = build.resolve(config, len(source), vae, text_encoder, mesh.size)
-    dtype = build.compute_dtype(config.dtype, jax.default_backend())
+    dtype = build.compute_dtype(config.dtype, jax.devices()[0])
     model, process = build.make_model(config, dtype), build.make_process(config)
     build.make_times(config, process)  # needed later: what cannot be is refused before anything is written
     build.make_sampler(config, config.sample.sampler, process, process.schedule.grid(config.sample.steps))
@@ -109,7 +110,8 @@ def run(config: ConfigDict, workdir: Path) -> TrainState | None:
         state = checkpoints.restore(start, abstract_state(model, optimizer, side, side, mesh))
     else:
         state = init_state(model, optimizer, jax.random.key(config.seed), side, side, mesh)
-    say(f"parameters: {count_parameters(state.params):,}; compute in {np.dtype(dtype).name}")
+    scaled = " with a dynamic loss scale" if dtype == jnp.float16 else ""
+    say(f"parameters: {count_parameters(state.params):,}; compute in {np.dtype(dtype).name}{scaled}")
     step_function = build.make_step(config, model, process, optimizer, learning_rate)
 
     # ---- the loop
@@ -304,7 +306,7 @@ def compile_step(step: TrainStep, state: TrainState, batch: dict[str, Array]) ->
     """Compile the train step for these shapes, and say how long that took."""
     say("compiling the train step ...")
     begin = time.monotonic()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    compiled = step.compile(state, batch)
     say(f"compiled the train step in {time.monotonic() - begin:.1f} s")
     return compiled
 

@@ -3,6 +3,7 @@
 import re
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import pytest
 
 from dit_jax import build
@@ -71,9 +72,26 @@ def test_values_at_the_edge_of_what_they_may_be_are_taken():
     build.resolve(tiny_config(**edges, latents__scale=four, latents__shift=four), 25, *encoders(), 2)
 
 
-def test_the_compute_dtype_follows_the_device():
-    assert build.compute_dtype("auto", "cpu") == build.compute_dtype("float32", "gpu")
-    assert build.compute_dtype("auto", "gpu") == build.compute_dtype("bfloat16", "cpu")
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        ({"platform": "cpu"}, "float32"),
+        ({"platform": "tpu"}, "bfloat16"),
+        ({"platform": "gpu", "compute_capability": "7.0"}, "float16"),  # V100
+        ({"platform": "gpu", "compute_capability": "7.5"}, "float16"),  # T4
+        ({"platform": "gpu", "compute_capability": "8.0"}, "bfloat16"),  # A100
+        ({"platform": "gpu", "compute_capability": "8.9"}, "bfloat16"),  # RTX 4090
+        ({"platform": "gpu", "compute_capability": "12.0"}, "bfloat16"),  # RTX 5090: twelve, not one
+        ({"platform": "gpu", "compute_capability": "gfx90a"}, "bfloat16"),  # MI250
+    ],
+)
+def test_the_compute_dtype_follows_the_device_unless_asked_for(device, dtype):
+    device = SimpleNamespace(**device)
+    assert jnp.dtype(build.compute_dtype("auto", device)).name == dtype
+    for name in ("float32", "bfloat16", "float16"):
+        assert jnp.dtype(build.compute_dtype(name, device)).name == name
+    with pytest.raises(ConfigError, match="dtype is 'half'; it can be auto, float32, bfloat16, float16"):
+        build.compute_dtype("half", device)
 
 
 def test_every_shipped_config_makes_a_process():

@@ -70,7 +70,7 @@ class Checkpoints:
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
                 ema=ocp.args.StandardSave(state.ema),
-                optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+                optimizer=ocp.args.StandardSave(_optimizer_item(state)),
                 metadata=ocp.args.JsonSave(metadata),
             ),
         )
@@ -105,11 +105,10 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     params=_wanted(state.params),
                     ema=_wanted(state.ema),
-                    optimizer=_wanted({"step": state.step, "opt_state": state.opt_state}),
+                    optimizer=_wanted(_optimizer_item(state)),
                 ),
             )
-        optimizer = items["optimizer"]
-        return TrainState(optimizer["step"], items["params"], items["ema"], optimizer["opt_state"])
+        return TrainState(params=items["params"], ema=items["ema"], **items["optimizer"])
 
     def close(self) -> None:
         """Wait for what is being written and release the directory."""
@@ -157,6 +156,11 @@ def _restore_item(directory: Path, step: int, item: str, args: Any) -> Any:
         ocp.CheckpointManager(directory.absolute(), item_names=ITEMS, options=options) as manager,
     ):
         return manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+
+
+def _optimizer_item(state: TrainState) -> dict[str, Any]:
+    """All of a state but the parameters and their average, which can be restored alone."""
+    return {"step": state.step, "opt_state": state.opt_state, "loss_scale": state.loss_scale}
 
 
 def _wanted(tree: Any) -> ocp.args.StandardRestore:

@@ -1,4 +1,8 @@
-"""AdamW or Muon with linear warm-up, cosine or constant decay, and clipping by the global norm."""
+"""AdamW or Muon behind clipping by the global norm, and the learning rate: linear warm-up, cosine or constant decay.
+
+They are apart: an optimizer's updates are for a learning rate of 1, and the train step multiplies them by the schedule
+at its global step. An optimizer with a schedule inside would count the steps itself, and fall behind at skipped ones.
+"""
 
 from typing import Any
 
@@ -29,14 +33,13 @@ def learning_rate_schedule(name: str, peak: float, warmup_steps: int, total_step
 
 def make_optimizer(
     name: str,
-    schedule: optax.Schedule,
     b1: float,
     b2: float,
     muon_momentum: float,
     weight_decay: float,
     clip_norm: float,
 ) -> optax.GradientTransformation:
-    """An optimizer behind clipping; only kernels decay, not biases, positions or null text.
+    """Updates for a learning rate of 1; only kernels decay, not biases, positions or null text.
 
     ``adamw`` is Loshchilov & Hutter 2019. ``muon`` (Jordan et al. 2024) turns the Nesterov momentum of the blocks'
     kernels into the nearest matrix with equal singular values, scaled to the size of AdamW's updates (Liu et al. 2025,
@@ -53,9 +56,9 @@ def make_optimizer(
         chosen = mask_by_name(params, lambda leaf: leaf.startswith("blocks_") and leaf.endswith("/kernel"))
         return jax.tree.map(lambda yes: "muon" if yes else "adamw", chosen)
 
-    update = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=kernels)
+    update = optax.adamw(1.0, b1=b1, b2=b2, weight_decay=weight_decay, mask=kernels)
     if name == "muon":
-        muon = optax.contrib.muon(schedule, beta=muon_momentum, weight_decay=weight_decay, consistent_rms=0.2)
+        muon = optax.contrib.muon(1.0, beta=muon_momentum, weight_decay=weight_decay, consistent_rms=0.2)
         update = optax.partition({"muon": muon, "adamw": update}, optimizer_of)
     elif name != "adamw":
         raise ValueError(f"optimizer is {name!r}; it can be {', '.join(OPTIMIZERS)}")

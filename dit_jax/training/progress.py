@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dit_jax.errors import DivergedError
+from dit_jax.training.loss_scale import FLOOR
 from dit_jax.training.writer import Writer
 
 
@@ -82,7 +83,7 @@ class Progress:
             return
         step, metrics = self._late
         self._late = None
-        row = {name: float(np.asarray(value)) for name, value in metrics.items()}
+        row = {name: np.asarray(value).item() for name, value in metrics.items()}
         check_finite(step, row)
         now = time.monotonic()
         seconds = max(now - self._since - self._aside, 1e-9)
@@ -99,9 +100,10 @@ class Progress:
         self._writer.timing(step, timing)
         eta = (self._total - step) * seconds / max(steps, 1)
         mfu = f" mfu={timing['mfu']:.0%}" if self._peak else ""
+        scale = f" loss_scale={row['loss_scale']:.0f} skipped={row['skipped']}" if "loss_scale" in row else ""
         self.say(
             f"step={step}/{self._total} loss={row['loss']:.4f} gnorm={row['grad_norm']:.2f}"
-            f" lr={row['learning_rate']:.1e} img/s={rate:.0f} data_wait={timing['data_wait']:.0%}{mfu}"
+            f" lr={row['learning_rate']:.1e}{scale} img/s={rate:.0f} data_wait={timing['data_wait']:.0%}{mfu}"
             f" mem={timing['memory_gib']:.1f}GiB eta={duration(eta)}"
         )
         self._last_step = step
@@ -118,7 +120,12 @@ class Progress:
 
 
 def check_finite(step: int, metrics: Mapping[str, float | jax.Array]) -> None:
-    """Raises DivergedError where the loss or the norm of its gradient is not a number or infinite."""
+    """Raises DivergedError where the loss or the norm of its gradient is not a number or infinite.
+
+    In float16 that is an overflow and the step was skipped, unless the loss scale has nowhere left to fall.
+    """
+    if metrics.get("loss_scale", FLOOR) > FLOOR:
+        return
     for name, value in (("loss", metrics["loss"]), ("gradient's norm", metrics["grad_norm"])):
         if not np.isfinite(np.asarray(value)):
             raise DivergedError(

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from dit_jax.arrays import Array, TextStates
 from dit_jax.models.dit import DiT
 from dit_jax.sharding import replicated, with_sharding
+from dit_jax.training.loss_scale import LossScale
 
 
 @struct.dataclass
@@ -19,16 +20,18 @@ class TrainState:
     """What is saved and resumed.
 
     Attributes:
-      step: int32 scalar, how many steps were done.
+      step: int32 scalar, how many steps were done, skipped ones too.
       params: parameters of the DiT, float32.
       ema: their exponential moving average, same structure.
       opt_state: of the optimizer.
+      loss_scale: of float16; there under every compute dtype, so that a run can be resumed under another.
     """
 
     step: Array
     params: Any
     ema: Any
     opt_state: Any
+    loss_scale: LossScale
 
 
 def init_params(model: DiT, key: jax.Array, h: int, w: int) -> Any:
@@ -57,4 +60,4 @@ def abstract_state(model: DiT, optimizer: optax.GradientTransformation, h: int, 
 def _fresh_state(model: DiT, optimizer: optax.GradientTransformation, h: int, w: int, key: jax.Array) -> TrainState:
     params = init_params(model, key, h, w)
     ema = jax.tree.map(jnp.copy, params)  # not the same arrays: the step may donate both
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), LossScale.fresh())

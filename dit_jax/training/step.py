@@ -9,6 +9,14 @@ For sample k of the run (``k = step * B + i``, contract 6 of the architecture) w
 
 All four draws of sample k come from ``fold_in(key, k)``: neither the number of devices nor gradient accumulation
 changes them. Dropout inside the network draws from the step and the accumulation slice.
+
+With gradient g, step n and learning rate r(n):
+
+    theta <- theta + r(n) . optimizer(g, theta)
+    ema   <- d ema + (1 - d) theta                            d = min(ema_decay, (1 + n) / (10 + n))
+
+In float16 the loss is scaled (`dit_jax.training.loss_scale`), and a step whose loss or gradient is not finite changes
+neither parameters, average nor optimizer. The global step goes on, and with it data, randomness and learning rate.
 """
 
 from collections.abc import Callable
@@ -30,14 +38,15 @@ Batch = dict[str, Array]
 
 @dataclass(frozen=True)
 class TrainStep:
-    """What one step is made of; ``jax.jit(TrainStep(...), donate_argnums=0)`` runs it.
+    """What one step is made of; `compile` makes it run, and so does ``jax.jit(TrainStep(...), donate_argnums=0)``.
 
     Attributes:
       model: predicts from ``(x_t, t, text)``.
       process: corrupts latents and knows what the prediction means.
       sample_times: keys ``[B]`` -> times ``[B]``.
       to_model_latents: raw latents -> latents of about unit variance.
-      optimizer, learning_rate: the transformation and its schedule (for the log).
+      optimizer: gradients to updates for a learning rate of 1.
+      learning_rate: global step -> what the updates are multiplied by.
       caption_dropout: probability that a caption is replaced by the null caption.
       ema_decay: of the moving average; the first steps use ``(1 + step) / (10 + step)`` where that is smaller.
       accumulate: into how many slices the batch is cut; the loss is the same for every value but for
@@ -64,7 +73,9 @@ class TrainStep:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key_samples, k)
         dropout_keys = jax.random.split(jax.random.fold_in(key_dropout, state.step), self.accumulate)
 
-        loss_and_grad = jax.value_and_grad(self.loss)
+        float16 = jnp.dtype(self.model.dtype) == jnp.float16
+        scale = state.loss_scale.scale if float16 else 1.0
+        loss_and_grad = jax.value_and_grad(lambda *args: scale * self.loss(*args))
         A = self.accumulate  # slice a holds every sample with i % A == a, so that each slice lies on all devices
         slices = jax.tree.map(lambda x: x.reshape(B // A, A, *x.shape[1:]).swapaxes(0, 1), (batch, keys))
 
@@ -77,19 +88,32 @@ class TrainStep:
             (loss, grads), _ = add_slice(zero, jax.tree.map(lambda a: a[0], (slices, dropout_keys)))
         else:
             (loss, grads), _ = jax.lax.scan(add_slice, zero, (slices, dropout_keys))
-        loss, grads = jax.tree.map(lambda a: a / self.accumulate, (loss, grads))
+        loss, grads = jax.tree.map(lambda a: a / (self.accumulate * scale), (loss, grads))
 
+        learning_rate = jnp.asarray(self.learning_rate(state.step), jnp.float32)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = jax.tree.map(lambda p, u: p + learning_rate * u, state.params, updates)
         n = state.step.astype(jnp.float32)
         decay = jnp.minimum(self.ema_decay, (1.0 + n) / (10.0 + n))
         ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params)
-        metrics = {
-            "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": jnp.asarray(self.learning_rate(state.step), jnp.float32),
-        }
-        return TrainState(state.step + 1, params, ema, opt_state), metrics
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "learning_rate": learning_rate}
+        new = TrainState(state.step + 1, params, ema, opt_state, state.loss_scale)
+        if float16:
+            finite = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+            stays = TrainState(new.step, state.params, state.ema, state.opt_state, state.loss_scale)
+            new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, stays)
+            new = new.replace(loss_scale=state.loss_scale.adjust(finite))
+            metrics |= {"loss_scale": scale, "skipped": new.loss_scale.skipped}
+        return new, metrics
+
+    def compile(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
+        """The step compiled for these arrays, or shapes with shardings; it takes the place of the state it is given."""
+        options = {}
+        if self.model.remat != "none" and jax.default_backend() == "cpu":
+            # This pass removes what holds a recomputation back until the backward pass. It is then merged with the
+            # forward pass, and remat saves nothing.
+            options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+        return jax.jit(self, donate_argnums=0).lower(state, batch).compile(options)
 
     def loss(self, params: Any, batch: Batch, keys: Array, dropout_key: Array) -> Array:
         """Mean loss over a batch whose samples draw from ``keys [B]``; float32 scalar."""

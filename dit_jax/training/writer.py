@@ -6,6 +6,7 @@ never interrupted.
 """
 
 import json
+import math
 import os
 import secrets
 from pathlib import Path
@@ -70,12 +71,13 @@ class Writer:
         self._tensorboard.add_image(name, image, step, dataformats="HWC")
 
     def _write(self, path: Path, step: int, row: dict[str, float]) -> None:
-        with path.open("a") as file:
-            file.write(json.dumps({"step": step, **row}) + "\n")
-        for name, value in row.items():
+        finite = {name: value for name, value in row.items() if math.isfinite(value)}
+        with path.open("a") as file:  # JSON has no word for nan and infinity but null
+            file.write(json.dumps({"step": step, **dict.fromkeys(row), **finite}) + "\n")
+        for name, value in finite.items():
             self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log(row, step=step)
+            self._wandb.log(finite, step=step)
 
     def close(self) -> None:
         """Write what is still held back."""

@@ -8,13 +8,16 @@ import pytest
 
 from dit_jax.errors import CheckpointError
 from dit_jax.training.checkpoint import Checkpoints, find_step, restore_params
+from dit_jax.training.loss_scale import LossScale
 from dit_jax.training.state import TrainState
 
 
 def make_state(step: int, width: int = 3) -> TrainState:
     params = {"a": {"kernel": jax.random.normal(jax.random.key(step), (2, width))}}
     optimizer = optax.adam(0.1)
-    return TrainState(jnp.int32(step), params, jax.tree.map(lambda p: p / 3, params), optimizer.init(params))
+    ema = jax.tree.map(lambda p: p / 3, params)
+    scale = LossScale(jnp.float32(2.0**step), jnp.int32(step + 1), jnp.int32(step + 2))
+    return TrainState(jnp.int32(step), params, ema, optimizer.init(params), scale)
 
 
 @pytest.fixture(scope="module")

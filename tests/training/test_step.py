@@ -6,15 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from dit_jax.diffusion.objectives import uniform
-from dit_jax.diffusion.process import Process
-from dit_jax.diffusion.schedules import make_schedule
 from dit_jax.sharding import make_mesh, put_batch, replicated
-from dit_jax.training.state import TrainState
-from dit_jax.training.step import TrainStep
 from tests.toy import Toy
-
-B = 4
+from tests.toy_step import B, make_batch, make_state, make_step
 
 
 @pytest.fixture(scope="module")
@@ -22,39 +16,9 @@ def toy() -> Toy:
     return Toy(dropout=0.0)
 
 
-def make_step(toy: Toy, **changes) -> TrainStep:
-    process = Process(make_schedule("rectified_flow", 1.0), "flow")
-    options = {
-        "model": toy.model,
-        "process": process,
-        "sample_times": uniform(process.schedule),
-        "to_model_latents": lambda raw: raw * 2.0,
-        "optimizer": optax.sgd(0.1),
-        "learning_rate": optax.constant_schedule(0.1),
-        "caption_dropout": 0.5,
-        "ema_decay": 0.9,
-        "accumulate": 1,
-        "seed": 3,
-    }
-    return TrainStep(**{**options, **changes})
-
-
-def make_state(toy: Toy, step: TrainStep, at: int = 100) -> TrainState:
-    params = jax.tree.map(jnp.copy, toy.params)
-    return TrainState(jnp.int32(at), params, jax.tree.map(jnp.zeros_like, params), step.optimizer.init(params))
-
-
 @pytest.fixture(scope="module")
 def batch(toy) -> dict:
-    k = jax.random.split(jax.random.key(7), 4)
-    m = toy.model
-    return {
-        "mean": np.asarray(jax.random.normal(k[0], (B, 4, 6, m.in_channels))),
-        "std": np.asarray(jax.random.uniform(k[1], (B, 4, 6, m.in_channels))),
-        "hidden": np.asarray(jax.random.normal(k[2], (B, m.text_length, m.text_width))),
-        "pooled": np.asarray(jax.random.normal(k[3], (B, m.pooled_width))),
-        "mask": np.ones((B, m.text_length), bool),
-    }
+    return make_batch(toy)
 
 
 @pytest.fixture(scope="module")
