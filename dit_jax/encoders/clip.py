@@ -192,6 +192,21 @@ class CLIPTextModel(nn.Module):
     final_norm: bool
     dtype: DTypeLike
 
+    @property
+    def length(self) -> int:
+        """S."""
+        return self.max_position_embeddings
+
+    @property
+    def width(self) -> int:
+        """E."""
+        return self.hidden_size
+
+    @property
+    def pooled_width(self) -> int:
+        """P."""
+        return self.projection_dim or self.hidden_size
+
     @nn.compact
     def __call__(self, ids: jax.Array, mask: jax.Array) -> TextStates:
         """Token ids to text states.

@@ -6,7 +6,8 @@ bounded and only a few programs are ever compiled.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,13 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from dit_jax.arrays import Array, TextStates
-from dit_jax.encoders import networks, weights
+from dit_jax.encoders import networks, places, weights
 from dit_jax.encoders.clip import CLIPTextModel
-from dit_jax.encoders.latents import scale_from_factors
+from dit_jax.encoders.joined import JoinedTextModel
+from dit_jax.encoders.latents import LatentScale
+from dit_jax.encoders.taesd import AutoencoderTiny
 from dit_jax.encoders.tokenizer import LongPrompt, Tokenizer, find_tokenizer, tokenizer_files
 from dit_jax.encoders.vae import AutoencoderKL
-
-EMBEDDED = "embedded"
-ASSETS = Path(__file__).parent.parent / "assets"
 
 CHUNK_PIXELS = 2**20  # pixels of one VAE chunk: 256 pictures of 64 px, 4 of 512 px
 CHUNK_CAPTIONS = 256
@@ -34,25 +34,34 @@ class VAE:
 
     Attributes:
       name: what it was loaded by.
-      sha256: of ``config.json`` and the weight files.
-      config: the published config, absent keys filled in.
+      files: what it was read from, by the names that they have in a copy.
+      sha256: of these files.
       network: the linen module.
       params: its parameters, float32.
       factor: f, pixels per latent along a side.
-      latent_scale: the map between raw and model latents that the config states.
+      latent_scale: the map between raw and model latents that came with it.
     """
 
-    def __init__(self, name: str, sha256: str, config: networks.Config, network: AutoencoderKL, params: Any):
-        self.name, self.sha256, self.config = name, sha256, config
+    def __init__(
+        self,
+        name: str,
+        files: Mapping[str, Path],
+        network: AutoencoderKL | AutoencoderTiny,
+        params: Any,
+        latent_scale: LatentScale,
+    ):
+        self.name, self.files, self.sha256 = name, files, weights.sha256(files)
         self.network, self.params = network, params
-        self.factor = 2 ** (len(network.block_out_channels) - 1)
-        self.latent_scale = scale_from_factors(
-            config["scaling_factor"], config["shift_factor"], network.latent_channels
-        )
+        self.factor = network.factor
+        self.latent_scale = latent_scale
         self._encode = jax.jit(lambda params, x: network.apply({"params": params}, x, method="encode"))
         self._decode = jax.jit(
             lambda params, x: jnp.clip(network.apply({"params": params}, x, method="decode"), -1.0, 1.0)
         )
+
+    def copy_to(self, folder: Path) -> None:
+        """Copies what it was read from to a folder that `load_vae` reads, with the same hash."""
+        _copy(self.files, folder)
 
     def encode(self, images: Array) -> tuple[jax.Array, jax.Array]:
         """Raw moments of pictures.
@@ -82,11 +91,12 @@ class VAE:
 
 
 class TextEncoder:
-    """A frozen CLIP text tower with its tokenizer.
+    """A frozen CLIP text tower, or several joined, with the tokenizer.
 
     Attributes:
       name: what it was loaded by.
-      sha256: of ``config.json``, the weight files and those of the tokenizer.
+      files: what it was read from, the tokenizer's among them, by the names that they have in a copy.
+      sha256: of these files.
       network: the linen module.
       params: its parameters, float32.
       tokenizer: captions to ids.
@@ -95,18 +105,29 @@ class TextEncoder:
       pooled_width: P.
     """
 
-    def __init__(self, name: str, sha256: str, network: CLIPTextModel, params: Any, tokenizer: Tokenizer):
+    def __init__(
+        self,
+        name: str,
+        files: Mapping[str, Path],
+        network: CLIPTextModel | JoinedTextModel,
+        params: Any,
+        tokenizer: Tokenizer,
+    ):
         if tokenizer.vocab_size > network.vocab_size:
             raise ValueError(
                 f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the network {network.vocab_size}; "
                 "they do not belong together"
             )
-        self.name, self.sha256 = name, sha256
+        self.name, self.files, self.sha256 = name, files, weights.sha256(files)
         self.network, self.params, self.tokenizer = network, params, tokenizer
-        self.length = network.max_position_embeddings
-        self.width = network.hidden_size
-        self.pooled_width = network.projection_dim or network.hidden_size
+        self.length = network.length
+        self.width = network.width
+        self.pooled_width = network.pooled_width
         self._encode = jax.jit(lambda params, ids, mask: network.apply({"params": params}, ids, mask))
+
+    def copy_to(self, folder: Path) -> None:
+        """Copies what it was read from to a folder that `load_text_encoder` reads, with the same hash."""
+        _copy(self.files, folder)
 
     def __call__(self, texts: Sequence[str], long_prompt: LongPrompt = "truncate") -> TextStates:
         """Text states of captions; what is too long is cut as ``tokenize`` says."""
@@ -145,7 +166,8 @@ def load_vae(path: str | Path, dtype: DTypeLike = jnp.float32) -> VAE:
     """Loads a VAE.
 
     Args:
-      path: ``embedded``, or a folder with an AutoencoderKL ``config.json`` and safetensors.
+      path: ``embedded``, a folder with the ``config.json`` and the weights of an AutoencoderKL or an
+        AutoencoderTiny, a folder with such a subfolder ``vae``, a run, or a hub id.
       dtype: compute type, bfloat16 or float32.
 
     Raises:
@@ -154,74 +176,84 @@ def load_vae(path: str | Path, dtype: DTypeLike = jnp.float32) -> VAE:
     """
     if jnp.dtype(dtype) == jnp.float16:
         raise ValueError("dtype float16 overflows in VAE decoders (black pictures); valid: bfloat16, float32")
-    folder = _folder(path, "tiny_vae", "vae")
-    config = networks.read_config(folder)
-    network = networks.vae_network(config, dtype=dtype)
-    key, side = jax.random.key(0), 2 ** len(network.block_out_channels)
+    (folder,) = places.find(path, "vae")
+    network, latent_scale = networks.open_vae(folder, dtype)
+    key, side = jax.random.key(0), 2 * network.factor
     image = jax.ShapeDtypeStruct((1, side, side, network.in_channels), jnp.float32)
     shapes = jax.eval_shape(network.init, key, image, key)["params"]
-    params, files = _read_params(folder, shapes, weights.VAE_PREFIX)
-    sha256 = weights.sha256([folder / "config.json", *files])
-    config = {**networks.VAE_DEFAULTS, **networks.LATENT_DEFAULTS, **config}
-    return VAE(str(path), sha256, config, network, params)
+    (params,) = _read_params([folder], [shapes], weights.VAE_PREFIX)
+    return VAE(str(path), _by_name(_network_files(folder), ""), network, params, latent_scale)
 
 
 def load_text_encoder(
-    path: str | Path, dtype: DTypeLike = jnp.float32, *, skip_layers: int = 0, final_norm: bool = True
+    path: str | Path, dtype: DTypeLike = jnp.float32, *, skip_layers: int | None = None, final_norm: bool | None = None
 ) -> TextEncoder:
     """Loads a CLIP text encoder and its tokenizer.
 
     Args:
-      path: ``embedded``, or a folder with ``config.json`` and safetensors of a CLIPTextModel (with or
-        without projection) or a whole CLIPModel, whose text tower is taken; the tokenizer is in the same
-        folder or in the sibling ``tokenizer*``.
+      path: ``embedded``, or a folder with ``config.json`` and weights of a CLIPTextModel (with or without
+        projection) or a whole CLIPModel, whose text tower is taken; the tokenizer is in the same folder or
+        in the sibling ``tokenizer*``. Or a folder with the subfolder ``text_encoder``, and perhaps ``text_encoder_2``,
+        which is then joined to it (SDXL), a run, or a hub id.
       dtype: compute type.
-      skip_layers: how many of the last blocks ``hidden`` leaves out (SDXL: 1).
-      final_norm: whether the final norm is applied to ``hidden`` (SDXL: False).
+      skip_layers: how many of the last blocks ``hidden`` leaves out; None is 0, or 1 where towers are joined.
+      final_norm: whether the final norm is applied to ``hidden``; None is true, or false where towers are joined.
 
     Raises:
       FileNotFoundError: there is no such folder, or a file is absent.
-      ValueError: the folder holds another network, weights that do not fit, or only pickles.
+      ValueError: a folder holds another network, weights that do not fit, or only pickles, or two towers
+        do not belong together.
     """
-    folder = _folder(path, "tiny_clip", "text_encoder")
-    config = networks.read_config(folder)
-    network = networks.text_network(
-        config,
-        project=networks.is_projected(config),
-        skip_layers=skip_layers,
-        final_norm=final_norm,
-        dtype=dtype,
-    )
-    tokenizer_folder = find_tokenizer(folder)
-    tokenizer = Tokenizer(tokenizer_folder, network.max_position_embeddings)
-    ids = jax.ShapeDtypeStruct((1, network.max_position_embeddings), jnp.int32)
+    folders = places.find(path, "text_encoder")
+    network = networks.open_text(folders, skip_layers, final_norm, dtype)
+    tokenizer_folders = [find_tokenizer(folder) for folder in folders]
+    tokenizer, *others = (Tokenizer(folder, network.length) for folder in tokenizer_folders)
+    for other, folder in zip(others, tokenizer_folders[1:], strict=True):
+        if not tokenizer.has_tokens_of(other):
+            raise ValueError(f"the tokenizers in {tokenizer_folders[0]} and {folder} differ; one must serve all towers")
+    ids = jax.ShapeDtypeStruct((1, network.length), jnp.int32)
     mask = jax.ShapeDtypeStruct(ids.shape, bool)
     shapes = jax.eval_shape(network.init, jax.random.key(0), ids, mask)["params"]
-    params, files = _read_params(folder, shapes, weights.TEXT_PREFIX)
-    sha256 = weights.sha256([folder / "config.json", *files, *tokenizer_files(tokenizer_folder)])
-    return TextEncoder(str(path), sha256, network, params, tokenizer)
+    if len(folders) == 1:
+        (params,) = _read_params(folders, [shapes], weights.TEXT_PREFIX)
+        files = _by_name([*_network_files(folders[0]), *tokenizer_files(tokenizer_folders[0])], "")
+    else:
+        params = dict(zip(shapes, _read_params(folders, list(shapes.values()), weights.TEXT_PREFIX), strict=True))
+        files = {}
+        for folder in folders:
+            files |= _by_name(_network_files(folder), f"{folder.name}/")
+        for folder in tokenizer_folders:
+            files |= _by_name(tokenizer_files(folder), f"{folder.name}/")
+    return TextEncoder(str(path), files, network, params, tokenizer)
 
 
-def _folder(path: str | Path, asset: str, subfolder: str) -> Path:
-    """The folder that the user's word stands for."""
-    folder = ASSETS / asset if str(path) == EMBEDDED else Path(path).expanduser()
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{str(path)!r} is neither {EMBEDDED!r} nor a local folder (looked for {folder.absolute()})"
-        )
-    if not (folder / "config.json").is_file() and (folder / subfolder).is_dir():
-        raise FileNotFoundError(f"no config.json in {folder}; did you mean {folder / subfolder}?")
-    return folder
+def _network_files(folder: Path) -> list[Path]:
+    """What a network is read from: another content is another network."""
+    return [folder / "config.json", *weights.weight_files(folder)]
 
 
-def _read_params(folder: Path, shapes: Any, prefix: str) -> tuple[Any, list[Path]]:
-    """The parameters of a folder, on the device, and the files that they are in."""
-    files = weights.weight_files(folder)
-    try:
-        params = weights.to_linen(weights.read_tensors(files), shapes, prefix)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-    return jax.device_put(params), files
+def _by_name(paths: list[Path], home: str) -> dict[str, Path]:
+    """Files by the names that they have below the folder that a copy would be loaded from."""
+    return {home + path.name: path for path in paths}
+
+
+def _copy(files: Mapping[str, Path], folder: Path) -> None:
+    for name, path in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / name)
+
+
+def _read_params(folders: Sequence[Path], shapes: Sequence[Any], prefix: str) -> list[Any]:
+    """The parameters of each folder's network, on the device; one error lists what is wrong with all."""
+    params, wrong = [], []
+    for folder, tree in zip(folders, shapes, strict=True):
+        try:
+            params.append(weights.to_linen(weights.read_tensors(weights.weight_files(folder)), tree, prefix))
+        except ValueError as error:
+            wrong.append(f"{folder}: {error}")
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    return jax.device_put(params)
 
 
 def _sides(array: Array, what: str, channels: int) -> tuple[int, int]:

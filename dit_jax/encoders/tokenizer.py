@@ -5,6 +5,7 @@
 A caption of more than S - 2 tokens is cut, never in silence: a warning shows the words that were lost.
 """
 
+import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -90,6 +91,14 @@ class Tokenizer:
                 raise ValueError(message)
             warnings.warn(message, stacklevel=2)
         return ids, mask
+
+    def has_tokens_of(self, other: "Tokenizer") -> bool:
+        """Whether both give every caption the same ids, but for the padding."""
+        vocabulary, merges = (
+            [json.loads(one._tokenizer.backend_tokenizer.to_str())["model"][key] for one in (self, other)]
+            for key in ("vocab", "merges")
+        )
+        return vocabulary[0] == vocabulary[1] and merges[0] == merges[1]
 
     def _split(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Per caption its tokens, without BOS and EOS, and where in the text each begins and ends."""

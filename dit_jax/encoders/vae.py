@@ -209,6 +209,11 @@ class AutoencoderKL(nn.Module):
     mid_block_add_attention: bool
     dtype: DTypeLike
 
+    @property
+    def factor(self) -> int:
+        """f, pixels per latent along a side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
     def setup(self) -> None:
         shape = (self.block_out_channels, self.layers_per_block, self.norm_num_groups)
         self.encoder = Encoder(2 * self.latent_channels, *shape, self.mid_block_add_attention, self.dtype)

@@ -1,4 +1,4 @@
-"""Published weights: the safetensors of a folder, and how their names and layouts become a linen tree.
+"""Published weights: safetensors or Flax msgpack of a folder, and how their names and layouts become a linen tree.
 
 Our modules carry the published names, so one rule translates, in both directions:
 
@@ -8,7 +8,9 @@ Our modules carry the published names, so one rule translates, in both direction
     .../scale, .../embedding                      ... .weight
     .../bias, and parameters without a layer      the same name
 
-A tree is checked by name and shape before anything runs: nothing is initialised at random in silence.
+Files of Flax hold linen trees of nearly these names. They are read by turning them into published tensors
+with the same rule, so that one check serves both. A tree is checked by name and shape before anything runs:
+nothing is initialised at random in silence.
 """
 
 import hashlib
@@ -20,7 +22,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
+from flax import serialization, traverse_util
 from safetensors import SafetensorError, safe_open
 
 Tree = dict[str, Any]
@@ -56,7 +58,7 @@ RENAMED = (
     (r"(mid_block\.attentions\.0)\.proj_attn\.", r"\1.to_out.0."),
 )
 
-PLAIN_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+PLAIN_STEMS = ("model", "diffusion_pytorch_model", "flax_model", "diffusion_flax_model")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
@@ -77,65 +79,90 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: the one it has, or the shards that its index names.
+    """The files of a folder's weights: a single one, or an index and the shards that it names.
 
     Raises:
       FileNotFoundError: there is none, or a shard is absent.
       ValueError: only pickles are there, which can run code and are not read, or several sets of weights, or a
         damaged index.
     """
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    single = sorted(folder.glob("*.safetensors"))
+    for suffix in READERS:
+        if files := _files_of_one_format(folder, suffix):
+            return files
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        raise ValueError(
+            f"{folder} has only pickled weights ({', '.join(pickles)}), which can run code and are not "
+            "read; convert them where torch is installed: safetensors.torch.save_file(torch.load(FILE, "
+            "weights_only=True), 'model.safetensors')"
+        )
+    raise FileNotFoundError(f"no {' or '.join(f'*{suffix}' for suffix in READERS)} in {folder}")
+
+
+def _files_of_one_format(folder: Path, suffix: str) -> list[Path]:
+    """As ``weight_files``, of the files with one suffix; empty where there is none."""
+    indices = sorted(folder.glob(f"*{suffix}.index.json"))
+    single = sorted(folder.glob(f"*{suffix}"))
     if len(indices) == 1:
         weight_map = read_json(indices[0]).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{indices[0]} is damaged: it has no weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{indices[0]} is damaged: it has no weight_map of file names")
         shards = sorted(set(weight_map.values()))
         absent = [name for name in shards if not (folder / name).is_file()]
         if absent:
             raise FileNotFoundError(f"{folder}: {indices[0].name} names shards that are not there: {absent}")
-        return [folder / name for name in shards]
+        return [indices[0], *(folder / name for name in shards)]
     # Folders often carry a copy in half precision (model.fp16.safetensors) beside the plain file.
-    plain = [path for path in single if path.name in PLAIN_FILES]
+    plain = [path for path in single if path.stem in PLAIN_STEMS]
     chosen = plain if len(plain) == 1 else single
     if len(chosen) > 1 or len(indices) > 1:
         names = [path.name for path in indices + single]
         raise ValueError(f"{folder} holds several sets of weights, keep one of {names}")
-    if not chosen:
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
-        if pickles:
-            raise ValueError(
-                f"{folder} has only pickled weights ({', '.join(pickles)}), which can run code and are not "
-                "read; convert them where torch is installed: safetensors.torch.save_file(torch.load(FILE, "
-                "weights_only=True), 'model.safetensors')"
-            )
-        raise FileNotFoundError(f"no *.safetensors in {folder}")
     return chosen
 
 
 def read_tensors(files: list[Path]) -> dict[str, np.ndarray]:
-    """All tensors of the files, by published name, in the type they are stored in.
+    """All tensors of the files that ``weight_files`` names, by published name, in the type they are stored in.
 
     Raises:
       ValueError: a file is damaged.
     """
     tensors = {}
     for path in files:
-        try:
-            with safe_open(path, framework="np") as handle:
-                for name in handle.keys():  # noqa: SIM118 (a handle is no dict)
-                    tensors[name] = handle.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{path.name} is damaged: {error}") from error
+        if path.suffix in READERS:
+            tensors.update(READERS[path.suffix](path))
     return tensors
 
 
-def sha256(files: list[Path]) -> str:
-    """The hash of the names and contents of files, in the order of the names; their folders do not count."""
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(path, framework="np") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (a handle is no dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} is damaged: {error}") from error
+
+
+def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
+    """The parameter tree that a Flax class of transformers or diffusers saved, under published names."""
+    try:
+        leaves = traverse_util.flatten_dict(serialization.msgpack_restore(path.read_bytes()))
+        if not all(isinstance(leaf, np.ndarray) for leaf in leaves.values()):
+            raise ValueError("it holds more than arrays")
+        return to_published(traverse_util.unflatten_dict(leaves), "")
+    except Exception as error:  # what msgpack raises depends on where the bytes are cut
+        raise ValueError(f"{path.name} is damaged: {' '.join(str(error).split())}") from error
+
+
+# The formats, in the order of choice where a folder has several.
+READERS = {".safetensors": _read_safetensors, ".msgpack": _read_msgpack}
+
+
+def sha256(files: Mapping[str, Path]) -> str:
+    """The hash of files by the names that they go by, and of their contents; where they lie does not count."""
     digest = hashlib.sha256()
-    for path in sorted(files, key=lambda path: path.name):
+    for name, path in sorted(files.items()):
         with path.open("rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            digest.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
 
 

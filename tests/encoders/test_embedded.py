@@ -10,7 +10,7 @@ import pytest
 
 from dit_jax.data.shapes_world import COLOURS, OUTLINES, PHRASINGS, RADII, RELATIONS, evaluation_scenes
 from dit_jax.encoders import VAE, TextEncoder, load_text_encoder, load_vae
-from dit_jax.encoders.frozen import ASSETS
+from dit_jax.encoders.places import ASSETS
 from tools.tiny_encoders import aims, pictures
 
 COUNT = 200

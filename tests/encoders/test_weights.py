@@ -169,5 +169,5 @@ def test_pickles_are_refused_with_the_way_to_convert(vae_folder: Path, suffix: s
 def test_a_folder_without_weights_says_so(vae_folder: Path):
     (path,) = vae_folder.glob("*.safetensors")
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"no \*\.safetensors in"):
+    with pytest.raises(FileNotFoundError, match=r"no \*\.safetensors or \*\.msgpack in"):
         load_vae(vae_folder)

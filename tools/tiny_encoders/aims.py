@@ -119,7 +119,7 @@ def latent_deviation(vae: VAE, images: np.ndarray) -> list[float]:
     """Standard deviation of each channel of the scaled latents."""
     mean, std = vae.encode(to_signed(images))
     sampled = mean + std * jax.random.normal(jax.random.key(0), mean.shape)
-    return [round(float(value), 3) for value in sampled.std(axis=(0, 1, 2)) * vae.config["scaling_factor"]]
+    return [round(float(value), 3) for value in sampled.std(axis=(0, 1, 2)) * vae.latent_scale.scale]
 
 
 def measure(assets: Path, folder: Path, count: int) -> dict[str, float]:

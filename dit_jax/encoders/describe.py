@@ -1,0 +1,105 @@
+"""What a model must know of its encoders, from a ``config.json`` alone: a dry run needs no weights.
+
+A hub id that was never fetched is looked up in a table of the usual networks instead of downloading one.
+"""
+
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import jax.numpy as jnp
+
+from dit_jax.encoders import networks, places
+
+
+class VAEShape(NamedTuple):
+    """Of a VAE.
+
+    Attributes:
+      factor: f, pixels per latent along a side.
+      channels: C.
+    """
+
+    factor: int
+    channels: int
+
+
+class TextShape(NamedTuple):
+    """Of a text encoder.
+
+    Attributes:
+      length: S.
+      width: E.
+      pooled_width: P.
+    """
+
+    length: int
+    width: int
+    pooled_width: int
+
+
+SD_VAE, SD3_VAE = VAEShape(8, 4), VAEShape(8, 16)
+CLIP_B, CLIP_L, OPENCLIP_H, OPENCLIP_G = (TextShape(77, width, width) for width in (512, 768, 1024, 1280))
+
+# By owner/name or owner/name/subfolder; a pipeline's own vae and text_encoder may be left out of a hub id.
+VAES = {
+    "stabilityai/sd-vae-ft-mse": SD_VAE,
+    "stabilityai/sd-vae-ft-ema": SD_VAE,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": SD_VAE,
+    "stabilityai/stable-diffusion-2-1": SD_VAE,
+    "stabilityai/stable-diffusion-xl-base-1.0": SD_VAE,
+    "stabilityai/stable-diffusion-3-medium-diffusers": SD3_VAE,
+    "stabilityai/stable-diffusion-3.5-medium": SD3_VAE,
+    "stabilityai/stable-diffusion-3.5-large": SD3_VAE,
+    "madebyollin/taesd": SD_VAE,
+}
+TEXT_ENCODERS = {
+    "openai/clip-vit-base-patch32": CLIP_B,
+    "openai/clip-vit-large-patch14": CLIP_L,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": CLIP_L,
+    "stabilityai/stable-diffusion-2-1": OPENCLIP_H,
+    "stabilityai/stable-diffusion-xl-base-1.0": TextShape(77, CLIP_L.width + OPENCLIP_G.width, 1280),
+    "stabilityai/stable-diffusion-xl-base-1.0/text_encoder": CLIP_L,
+    "stabilityai/stable-diffusion-xl-base-1.0/text_encoder_2": OPENCLIP_G,
+}
+
+
+Shape = TypeVar("Shape", VAEShape, TextShape)
+
+
+def describe_vae(path: str | Path) -> VAEShape:
+    """The shape of a VAE; a local one needs its ``config.json``, nothing else.
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+      ValueError: a config is damaged or of another network, or a hub id is not in the table.
+    """
+    name = places.follow_runs(path, "vae")
+    if places.is_hub_id(name):
+        return _look_up(name, "vae", VAES, "give a local folder with its config.json")
+    (folder,) = places.find(name, "vae")
+    network, _ = networks.open_vae(folder, jnp.float32)
+    return VAEShape(network.factor, network.latent_channels)
+
+
+def describe_text_encoder(path: str | Path) -> TextShape:
+    """The shape of a text encoder; a local one needs its ``config.json``, nothing else.
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+      ValueError: a config is damaged or of another network, or a hub id is not in the table.
+    """
+    name = places.follow_runs(path, "text_encoder")
+    if places.is_hub_id(name):
+        keys = "set model.text_length, model.text_width and model.pooled_width, or give a local folder"
+        return _look_up(name, "text_encoder", TEXT_ENCODERS, keys)
+    network = networks.open_text(places.find(name, "text_encoder"), None, None, jnp.float32)
+    return TextShape(network.length, network.width, network.pooled_width)
+
+
+def _look_up(hub_id: str, kind: places.Kind, table: dict[str, Shape], remedy: str) -> Shape:
+    """The row of a hub id, whatever its revision."""
+    name = hub_id.partition("@")[0]
+    for candidate in (name, name.removesuffix(f"/{kind}")):
+        if candidate in table:
+            return table[candidate]
+    raise ValueError(f"{hub_id!r} is no local folder, and its shape is not known before it is fetched; {remedy}")
