@@ -15,6 +15,7 @@ from dit_jax.encoders import load_text_encoder, networks, weights
 from tools import make_golden_encoders as golden
 
 GOLDEN = Path(__file__).parent / "golden"
+FLAX_TEXTS = ("flax_text", "flax_text_projected", "flax_clip")  # of tools/make_golden_flax.py
 
 
 def relative_error(found: jax.Array, expected: np.ndarray) -> float:
@@ -51,13 +52,14 @@ def check_vision(folder: Path, expected: dict[str, np.ndarray]) -> None:
     assert relative_error(pooled, expected["image_pooled"]) < 1e-4
 
 
-@pytest.mark.parametrize("case", golden.TEXTS)
+@pytest.mark.parametrize("case", [*golden.TEXTS, *FLAX_TEXTS])
 def test_golden_values(case: str):
     check_text(GOLDEN / case, load_file(GOLDEN / f"{case}.expected.safetensors"))
 
 
-def test_golden_values_of_the_vision_tower():
-    check_vision(GOLDEN / "clip", load_file(GOLDEN / "clip.expected.safetensors"))
+@pytest.mark.parametrize("case", ["clip", "flax_clip"])
+def test_golden_values_of_the_vision_tower(case: str):
+    check_vision(GOLDEN / case, load_file(GOLDEN / f"{case}.expected.safetensors"))
 
 
 @pytest.mark.parametrize("case", golden.TEXTS)

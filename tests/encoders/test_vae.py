@@ -35,7 +35,7 @@ def vae() -> VAE:
     return load_vae(GOLDEN / "vae_sd")
 
 
-@pytest.mark.parametrize("case", golden.VAES)
+@pytest.mark.parametrize("case", [*golden.VAES, "flax_vae"])
 def test_golden_values(case: str):
     check(load_vae(GOLDEN / case), load_file(GOLDEN / f"{case}.expected.safetensors"))
 

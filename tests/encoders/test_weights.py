@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import serialization, traverse_util
 from safetensors.numpy import load_file, save_file
 
 from dit_jax.encoders import load_text_encoder, load_vae, weights
@@ -140,7 +141,7 @@ def test_damaged_files_are_named(vae_folder: Path):
     with pytest.raises(ValueError, match=f"{vae_folder}: {path.name} is damaged: "):
         load_vae(vae_folder)
     index = vae_folder / "diffusion_pytorch_model.safetensors.index.json"
-    for text in ("{", "[]", "{}"):
+    for text in ("{", "[]", "{}", '{"weight_map": {"a": ["b"]}}'):
         index.write_text(text)
         with pytest.raises(ValueError, match=f"{index} is damaged: "):
             load_vae(vae_folder)
@@ -149,6 +150,82 @@ def test_damaged_files_are_named(vae_folder: Path):
 def test_a_half_precision_copy_beside_the_plain_file_is_passed_over(vae_folder: Path):
     (vae_folder / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"not read")
     load_vae(vae_folder)
+
+
+def test_safetensors_are_chosen_before_msgpack(vae_folder: Path):
+    (vae_folder / "diffusion_flax_model.msgpack").write_bytes(b"not read")
+    load_vae(vae_folder)
+
+
+def test_a_flax_file_holds_the_published_tensors(tmp_path: Path):
+    """The same network from both formats; the Flax classes wrote what `to_published` inverts."""
+    folder = Path(shutil.copytree(GOLDEN / "flax_vae", tmp_path / "vae"))
+    before = load_vae(folder).params
+    (path,) = folder.glob("*.msgpack")
+    tensors = weights.read_tensors([path])
+    assert {tensor.dtype.name for tensor in tensors.values()} == {"bfloat16"}
+    save_file(weights.to_published(before, weights.VAE_PREFIX), folder / "diffusion_pytorch_model.safetensors")
+    path.unlink()
+    jax.tree.map(np.testing.assert_array_equal, load_vae(folder).params, before)
+
+
+def test_flax_shards_are_one_set(tmp_path: Path):
+    folder = Path(shutil.copytree(GOLDEN / "flax_clip", tmp_path / "clip"))
+    load_text_encoder(folder)
+    shard = sorted(folder.glob("flax_model-*.msgpack"))[-1]
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=f"names shards that are not there: ..{shard.name}"):
+        load_text_encoder(folder)
+
+
+def rewrite_msgpack(folder: Path, change) -> None:
+    """Applies ``change`` to the flat tree of the folder's only msgpack file."""
+    (path,) = folder.glob("*.msgpack")
+    leaves = traverse_util.flatten_dict(serialization.msgpack_restore(path.read_bytes()), sep="/")
+    change(leaves)
+    path.write_bytes(serialization.msgpack_serialize(traverse_util.unflatten_dict(leaves, sep="/")))
+
+
+def test_one_error_lists_everything_that_is_wrong_with_a_flax_file(tmp_path: Path):
+    folder = Path(shutil.copytree(GOLDEN / "flax_text", tmp_path / "clip"))
+
+    def spoil(leaves):
+        del leaves["text_model/final_layer_norm/bias"]
+        leaves["text_model/encoder/layers/0/mlp/fc1/kernel"] = np.zeros((32, 16), np.float32)
+        leaves["text_model/encoder/layers/7/mlp/fc1/bias"] = np.zeros(32, np.float32)
+
+    rewrite_msgpack(folder, spoil)
+    with pytest.raises(ValueError) as error:
+        load_text_encoder(folder)
+    assert str(error.value).splitlines() == [
+        f"{folder}: the weights do not fit the config:",
+        "  misshapen text_model.encoder.layers.0.mlp.fc1.weight (16, 32), expected (32, 16)",
+        "  missing text_model.final_layer_norm.bias (16,)",
+        "  extra text_model.encoder.layers.7.mlp.fc1.bias (32,)",
+    ]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: whole[:-100],
+        lambda whole: whole[:100],
+        lambda whole: b"",
+        lambda whole: b"\x93\x01\x02\x03",
+        lambda whole: b"<html>\n<p>\nnot found",
+        lambda whole: whole + whole,
+        lambda whole: serialization.msgpack_serialize({"quant_conv": {"kernel": 3}}),
+        lambda whole: serialization.msgpack_serialize({"quant_conv": {"kernel": np.zeros((1, 2, 3))}}),
+    ],
+)
+def test_damaged_flax_files_are_named_in_one_line(tmp_path: Path, damage):
+    folder = Path(shutil.copytree(GOLDEN / "flax_vae", tmp_path / "vae"))
+    (path,) = folder.glob("*.msgpack")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError) as error:
+        load_vae(folder)
+    assert str(error.value).startswith(f"{folder}: {path.name} is damaged: ")
+    assert "\n" not in str(error.value)
 
 
 def test_two_sets_of_weights_are_refused(vae_folder: Path):
