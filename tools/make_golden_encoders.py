@@ -39,6 +39,16 @@ VAES: dict[str, dict[str, Any]] = {
     "vae_plain": {"block_out_channels": (4,), "norm_num_groups": 4, "mid_block_add_attention": False},
 }
 
+# The number of levels, the depth of each and the widths differ between encoder and decoder where they may.
+TINY_VAE = "vae_tiny"
+TINY_VAE_CONFIG = {
+    "encoder_block_out_channels": (4, 4, 4),
+    "decoder_block_out_channels": (6, 6, 6),
+    "num_encoder_blocks": (1, 2, 3),
+    "num_decoder_blocks": (3, 1, 2),
+}
+SD_SCALING_FACTOR = 0.18215  # from the raw latents of Stable Diffusion's VAE to those of the tiny one
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "ca", "cat</w>"]
 MERGES = ["c a", "ca t</w>"]
@@ -64,6 +74,15 @@ TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
     "text_sdxl2": ("CLIPTextModelWithProjection", {"hidden_act": "gelu", "pad_token_id": 0}),
     "clip": ("CLIPModel", {"hidden_act": "quick_gelu", "eos_token_id": 2}),
 }
+# SDXL: two towers of different widths, depths and padding, each with its tokenizer, below one folder.
+JOINED = "text_sdxl"
+JOINED_TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "text_encoder": ("CLIPTextModel", {"hidden_act": "quick_gelu", "eos_token_id": 2}),
+    "text_encoder_2": (
+        "CLIPTextModelWithProjection",
+        {"hidden_act": "gelu", "hidden_size": 24, "num_hidden_layers": 3, "pad_token_id": 0, "eos_token_id": 2},
+    ),
+}
 VISION = {
     "hidden_size": 8,
     "intermediate_size": 16,
@@ -84,17 +103,73 @@ def build(case: str, folder: Path) -> dict[str, np.ndarray]:
     import torch
 
     torch.manual_seed(sorted([*VAES, *TEXTS]).index(case))
-    network = _vae(case) if case in VAES else _text(case)
+    network = _vae(case) if case in VAES else _text(*TEXTS[case])
     with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            values = centre + 0.25 * torch.randn(parameter.shape)
-            parameter.copy_((64 * values).round().clip(-255, 255) / 64)
-        network.eval().save_pretrained(folder)
+        _randomise(network)
+        network.save_pretrained(folder)
         if case in VAES:
             return run_vae(network)
-        write_tokenizer(folder)
+        write_tokenizer(folder, "<|endoftext|>")
         return _run_text(case, network)
+
+
+def build_joined(folder: Path) -> dict[str, np.ndarray]:
+    """As `build`, of the folder with the two towers; each reads ids padded in its own way."""
+    import torch
+
+    torch.manual_seed(100)
+    ids, mask = _captions(TEXT["pad_token_id"])
+    hidden = []
+    with torch.no_grad():
+        for name, tower in JOINED_TOWERS.items():
+            network = _text(*tower)
+            _randomise(network)
+            network.save_pretrained(folder / name)
+            pad = {**TEXT, **tower[1]}["pad_token_id"]
+            tokenizer = folder / name.replace("text_encoder", "tokenizer")
+            tokenizer.mkdir(exist_ok=True)
+            write_tokenizer(tokenizer, [*WORDS, "<|startoftext|>", "<|endoftext|>"][pad])
+            states = network(torch.from_numpy(np.where(mask, ids, pad)), output_hidden_states=True)
+            hidden.append(states.hidden_states[-2].numpy())
+    return {
+        "ids": ids.astype(np.int32),
+        "mask": mask,
+        "hidden": np.concatenate(hidden, axis=-1),
+        "pooled": states.text_embeds.numpy(),
+    }
+
+
+def build_tiny_vae(folder: Path) -> dict[str, np.ndarray]:
+    """As `build`, of the tiny VAE; latents are raw ones, and large enough to be clamped."""
+    import torch
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(101)
+    network = AutoencoderTiny(**TINY_VAE_CONFIG)
+    factor = 2 ** (len(TINY_VAE_CONFIG["num_encoder_blocks"]) - 1)
+    with torch.no_grad():
+        _randomise(network)
+        network.save_pretrained(folder)
+        images = torch.rand(2, 3, 4 * factor, 6 * factor) * 2 - 1
+        mean = network.encode(images).latents / SD_SCALING_FACTOR
+        latents = 3 * torch.randn(mean.shape) / SD_SCALING_FACTOR
+        decoded = network.decode(latents * SD_SCALING_FACTOR).sample
+    found = {"images": images, "mean": mean, "latents": latents, "decoded": decoded}
+    return {name: _channels_last(value) for name, value in found.items()}
+
+
+def _randomise(network: Any) -> None:
+    """Parameters that float32, float16 and bfloat16 hold exactly; norms are about one."""
+    import torch
+
+    for name, parameter in network.eval().named_parameters():
+        centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        values = centre + 0.25 * torch.randn(parameter.shape)
+        parameter.copy_((64 * values).round().clip(-255, 255) / 64)
+
+
+def _channels_last(value: Any) -> np.ndarray:
+    return np.ascontiguousarray(value.numpy().transpose(0, 2, 3, 1))
 
 
 def _vae(case: str) -> Any:
@@ -108,10 +183,9 @@ def _vae(case: str) -> Any:
     )
 
 
-def _text(case: str) -> Any:
+def _text(published_class: str, changes: dict[str, Any]) -> Any:
     import transformers
 
-    published_class, changes = TEXTS[case]
     if published_class == "CLIPModel":
         vision = {**VISION, "hidden_act": changes["hidden_act"]}
         config = transformers.CLIPConfig(
@@ -138,18 +212,14 @@ def run_vae(network: Any) -> dict[str, np.ndarray]:
         "latents": latents,
         "decoded": decoded,
     }
-    return {name: np.ascontiguousarray(value.numpy().transpose(0, 2, 3, 1)) for name, value in found.items()}
+    return {name: _channels_last(value) for name, value in found.items()}
 
 
 def _run_text(case: str, network: Any) -> dict[str, np.ndarray]:
     """Captions of several lengths, padded as the case pads, and their states; for clip a picture too."""
     import torch
 
-    pad = {**TEXT, **TEXTS[case][1]}["pad_token_id"]
-    ids = np.full((4, TEXT_LENGTH), pad, np.int64)
-    lengths = np.array([2, 5, 9, TEXT_LENGTH])
-    for row, length in zip(ids, lengths, strict=True):
-        row[:length] = [BOS, *torch.randint(0, len(WORDS), (length - 2,)).tolist(), EOS]
+    ids, mask = _captions({**TEXT, **TEXTS[case][1]}["pad_token_id"])
     tower = network if case in ("text_sd1", "text_sd2") else network.text_model
     states = tower(torch.from_numpy(ids), output_hidden_states=True)
     pooled = states.pooler_output
@@ -157,7 +227,7 @@ def _run_text(case: str, network: Any) -> dict[str, np.ndarray]:
         pooled = network.text_projection(pooled)
     found = {
         "ids": ids.astype(np.int32),
-        "mask": np.arange(TEXT_LENGTH)[None] < lengths[:, None],
+        "mask": mask,
         "hidden": states.last_hidden_state.numpy(),
         "hidden_before_last": states.hidden_states[-2].numpy(),
         "pooled": pooled.numpy(),
@@ -165,16 +235,27 @@ def _run_text(case: str, network: Any) -> dict[str, np.ndarray]:
     if case == "clip":
         images = torch.randn(2, 3, VISION["image_size"], VISION["image_size"])
         seen = network.vision_model(images)
-        found["images"] = np.ascontiguousarray(images.numpy().transpose(0, 2, 3, 1))
+        found["images"] = _channels_last(images)
         found["image_hidden"] = seen.last_hidden_state.numpy()
         found["image_pooled"] = network.visual_projection(seen.pooler_output).numpy()
     return found
 
 
-def write_tokenizer(folder: Path) -> None:
+def _captions(pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random captions of several lengths, int64, and their mask."""
+    import torch
+
+    ids = np.full((4, TEXT_LENGTH), pad, np.int64)
+    lengths = np.array([2, 5, 9, TEXT_LENGTH])
+    for row, length in zip(ids, lengths, strict=True):
+        row[:length] = [BOS, *torch.randint(0, len(WORDS), (length - 2,)).tolist(), EOS]
+    return ids, np.arange(TEXT_LENGTH)[None] < lengths[:, None]
+
+
+def write_tokenizer(folder: Path, pad: str) -> None:
     """The vocabulary of the text cases in the two files that CLIP tokenizers are published in."""
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
-    special |= {"unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    special |= {"unk_token": "<|endoftext|>", "pad_token": pad}
     vocabulary = {word: i for i, word in enumerate([*WORDS, special["bos_token"], special["eos_token"]])}
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]), encoding="utf-8")
@@ -267,6 +348,12 @@ def main(out: Path, tokenizer: Path) -> None:
         as_published(out / case)
         in_type(out / case, np.dtype(np.float16))
         save_file(expected, out / f"{case}.expected.safetensors")
+    save_file(build_joined(out / JOINED), out / f"{JOINED}.expected.safetensors")
+    save_file(build_tiny_vae(out / TINY_VAE), out / f"{TINY_VAE}.expected.safetensors")
+    for name in JOINED_TOWERS:
+        as_published(out / JOINED / name)
+        in_type(out / JOINED / name, np.dtype(np.float16))
+    in_type(out / TINY_VAE, np.dtype(np.float16))
 
 
 if __name__ == "__main__":

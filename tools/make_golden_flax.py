@@ -56,7 +56,7 @@ def text_case(case: str, seed: int, folder: Path) -> dict[str, np.ndarray]:
     network = getattr(transformers, published_class)(config, seed=0)
     params = random_params(network.params, seed, dtype)
     network.save_pretrained(folder, params=params, max_shard_size=SHARDED.get(case, "1GB"))
-    write_tokenizer(folder)
+    write_tokenizer(folder, "<|endoftext|>")
 
     random = np.random.default_rng(seed)
     ids = np.full((4, TEXT_LENGTH), EOS, np.int32)

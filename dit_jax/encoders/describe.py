@@ -63,21 +63,17 @@ TEXT_ENCODERS = {
 }
 
 
-Shape = TypeVar("Shape", VAEShape, TextShape)
-
-
 def describe_vae(path: str | Path) -> VAEShape:
     """The shape of a VAE; a local one needs its ``config.json``, nothing else.
 
     Raises:
       FileNotFoundError: there is no such folder.
-      ValueError: a config is damaged or of another network, or a hub id is not in the table.
+      ValueError: a config is damaged or of another network, or a hub id is neither in the table nor cached.
     """
-    name = places.follow_runs(path, "vae")
-    if places.is_hub_id(name):
-        return _look_up(name, "vae", VAES, "give a local folder with its config.json")
-    (folder,) = places.find(name, "vae")
-    network, _ = networks.open_vae(folder, jnp.float32)
+    known = _known_or_folders(path, "vae", VAES, "give a local folder with its config.json")
+    if isinstance(known, VAEShape):
+        return known
+    network, _ = networks.open_vae(known[0], jnp.float32)
     return VAEShape(network.factor, network.latent_channels)
 
 
@@ -86,20 +82,43 @@ def describe_text_encoder(path: str | Path) -> TextShape:
 
     Raises:
       FileNotFoundError: there is no such folder.
-      ValueError: a config is damaged or of another network, or a hub id is not in the table.
+      ValueError: a config is damaged or of another network, or a hub id is neither in the table nor cached.
     """
-    name = places.follow_runs(path, "text_encoder")
-    if places.is_hub_id(name):
-        keys = "set model.text_length, model.text_width and model.pooled_width, or give a local folder"
-        return _look_up(name, "text_encoder", TEXT_ENCODERS, keys)
-    network = networks.open_text(places.find(name, "text_encoder"), None, None, jnp.float32)
+    remedy = "set model.text_length, model.text_width and model.pooled_width, or give a local folder"
+    known = _known_or_folders(path, "text_encoder", TEXT_ENCODERS, remedy)
+    if isinstance(known, TextShape):
+        return known
+    network = networks.open_text(known, None, None, jnp.float32)
     return TextShape(network.length, network.width, network.pooled_width)
 
 
-def _look_up(hub_id: str, kind: places.Kind, table: dict[str, Shape], remedy: str) -> Shape:
-    """The row of a hub id, whatever its revision."""
-    name = hub_id.partition("@")[0]
-    for candidate in (name, name.removesuffix(f"/{kind}")):
+Shape = TypeVar("Shape", VAEShape, TextShape)
+
+
+def _known_or_folders(path: str | Path, kind: places.Kind, table: dict[str, Shape], remedy: str) -> Shape | list[Path]:
+    """The row of a hub id, whatever its revision, or the folders of configs that are at hand."""
+    name = places.follow_runs(path, kind)
+    if not places.is_hub_id(name):
+        return places.find(name, kind)
+    hub_id = name.partition("@")[0]
+    for candidate in (hub_id, hub_id.removesuffix(f"/{kind}")):
         if candidate in table:
             return table[candidate]
-    raise ValueError(f"{hub_id!r} is no local folder, and its shape is not known before it is fetched; {remedy}")
+    if root := _cached(name, kind):
+        return places.folders_of(root, kind)
+    raise ValueError(f"{name!r} is no local folder, and its shape is not known before it is fetched; {remedy}")
+
+
+def _cached(name: str, kind: places.Kind) -> Path | None:
+    """The folder of a hub id in the cache, if its config is there; the weights may be absent."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from dit_jax.encoders import hub
+
+    hub_id = hub.parse(name)
+    for file in (f"{kind}/config.json", "config.json"):
+        wanted = f"{hub_id.subfolder}/{file}".lstrip("/")
+        found = try_to_load_from_cache(hub_id.repo, wanted, revision=hub_id.revision)
+        if isinstance(found, str):
+            return Path(found.removesuffix(file))
+    return None

@@ -20,7 +20,8 @@ class JoinedTextModel(nn.Module):
     """Text towers with one vocabulary and one length; used like a single `CLIPTextModel`.
 
     The towers may have been trained with different padding tokens: padding changes no result, so that the
-    same ids serve all of them.
+    same ids serve all of them. They are the first tokenizer's: OpenCLIP's, as published, pads with "!" and so takes
+    every "!" of a caption for padding too, which its network was not trained with.
 
     Attributes:
       towers: from the first to the last, whose ``pooled`` is that of all.

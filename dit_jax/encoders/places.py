@@ -29,7 +29,7 @@ def find(path: str | Path, kind: Kind) -> list[Path]:
       FileNotFoundError: there is no such folder, or it holds no such encoder.
       ValueError: as of ``follow_runs``.
     """
-    return _folders(_local(follow_runs(path, kind), kind), kind)
+    return folders_of(_local(follow_runs(path, kind), kind), kind)
 
 
 def follow_runs(path: str | Path, kind: Kind) -> str:
@@ -45,6 +45,27 @@ def follow_runs(path: str | Path, kind: Kind) -> str:
             raise ValueError(f"{path} names as its {kind} a run that names it again: {' -> '.join([*names, named])}")
         names.append(named)
     return names[-1]
+
+
+def folders_of(root: Path, kind: Kind) -> list[Path]:
+    """The subfolders of a pipeline or an exported run, else the folder itself.
+
+    Raises:
+      FileNotFoundError: one has no ``config.json``.
+    """
+    if not (root / kind).is_dir():
+        if not (root / "config.json").is_file():
+            raise FileNotFoundError(f"no config.json in {root}, and no {kind}/config.json")
+        return [root]
+    if kind == "text_encoder" and not (root / kind / "config.json").is_file():
+        return folders_of(root / kind, kind)  # an exported run whose text encoder is a joined one
+    found = [root / kind]
+    if kind == "text_encoder":
+        found += sorted(folder for folder in root.glob("text_encoder_[0-9]") if folder.is_dir())
+    for folder in found:
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"no config.json in {folder}")
+    return found
 
 
 def is_hub_id(path: str | Path) -> bool:
@@ -76,20 +97,3 @@ def _named_by_run(root: Path, kind: Kind) -> str | None:
     keys = weights.read_json(config)
     is_run = all(isinstance(keys.get(key), str) for key in ("vae", "text_encoder"))
     return keys[kind] if is_run else None
-
-
-def _folders(root: Path, kind: Kind) -> list[Path]:
-    """The subfolders of a pipeline or an exported run, else the folder itself."""
-    if not (root / kind).is_dir():
-        if not (root / "config.json").is_file():
-            raise FileNotFoundError(f"no config.json in {root}, and no {kind}/config.json")
-        return [root]
-    if kind == "text_encoder" and not (root / kind / "config.json").is_file():
-        return _folders(root / kind, kind)  # an exported run whose text encoder is a joined one
-    found = [root / kind]
-    if kind == "text_encoder":
-        found += sorted(folder for folder in root.glob("text_encoder_[0-9]") if folder.is_dir())
-    for folder in found:
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"no config.json in {folder}")
-    return found

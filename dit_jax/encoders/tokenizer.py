@@ -93,7 +93,7 @@ class Tokenizer:
         return ids, mask
 
     def has_tokens_of(self, other: "Tokenizer") -> bool:
-        """Whether both give every caption the same ids, but for the padding."""
+        """Whether both have the same vocabulary and merges; which token pads, they may disagree on."""
         vocabulary, merges = (
             [json.loads(one._tokenizer.backend_tokenizer.to_str())["model"][key] for one in (self, other)]
             for key in ("vocab", "merges")

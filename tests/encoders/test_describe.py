@@ -72,3 +72,15 @@ def test_an_unknown_hub_id_says_what_to_do():
         ValueError, match="'nobody/nothing@main' is no local folder, .*; set model.text_length, .* or give"
     ):
         describe_text_encoder("nobody/nothing@main")
+
+
+def test_a_hub_id_that_was_fetched_is_read_from_the_cache(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
+    commit, storage = "0" * 40, tmp_path / "models--nobody--nothing"
+    (storage / "refs").mkdir(parents=True)
+    (storage / "refs" / "main").write_text(commit)
+    only_config("vae_sd3", storage / "snapshots" / commit / "vae")
+    only_config("text_sdxl2", storage / "snapshots" / commit / "text" / "deep")
+    assert describe_vae("nobody/nothing") == describe_vae("nobody/nothing/vae") == VAEShape(2, 16)
+    assert describe_text_encoder(f"nobody/nothing/text/deep@{commit}") == TextShape(12, 16, 12)
