@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dit_jax.errors import ConfigError
+from dit_jax.errors import ConfigError, FetchError
 
 if TYPE_CHECKING:
     import optax
@@ -147,6 +147,17 @@ def config_errors(section: str) -> Iterator[None]:
         raise ConfigError(f"{section}: {error}") from error
 
 
+@contextlib.contextmanager
+def _fetch_errors() -> Iterator[None]:
+    """Encoders that cannot be fetched: a config has others to offer."""
+    try:
+        yield
+    except FetchError as error:
+        raise FetchError(
+            f"{error}; the encoders that need no network: --config.vae=embedded --config.text_encoder=embedded"
+        ) from error
+
+
 def _choose(key: str, name: str, choices: Mapping[str, Any]) -> Any:
     if name not in choices:
         raise ConfigError(f"{key} is {name!r}; it can be {', '.join(choices)}")
@@ -160,7 +171,7 @@ def make_vae(config: ConfigDict) -> "VAE":
     """The frozen VAE, in float32."""
     from dit_jax.encoders import load_vae
 
-    with config_errors("vae"):
+    with config_errors("vae"), _fetch_errors():
         return load_vae(config.vae)
 
 
@@ -168,7 +179,7 @@ def make_text_encoder(config: ConfigDict) -> "TextEncoder":
     """The frozen text encoder."""
     from dit_jax.encoders import load_text_encoder
 
-    with config_errors("text_encoder"):
+    with config_errors("text_encoder"), _fetch_errors():
         return load_text_encoder(config.text_encoder)
 
 

@@ -41,3 +41,10 @@ class CheckpointError(UserError):
 
     exit_code = 5
     kind = "checkpoint error"
+
+
+class FetchError(UserError):
+    """Files of a hub that can neither be fetched nor found in the cache."""
+
+    exit_code = 7
+    kind = "fetch error"

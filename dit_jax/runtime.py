@@ -3,9 +3,9 @@
 =====  =======================================  =====  ====================================
 0      done                                     5      checkpoint unusable
 1      internal error, with its traceback       6      out of memory
-2      usage or config                          8      workdir full or not writable
-3      data                                     130    interrupted (Ctrl-C)
-4      diverged (loss or gradient not finite)
+2      usage or config                          7      network or model fetch
+3      data                                     8      workdir full or not writable
+4      diverged (loss or gradient not finite)   130    interrupted (Ctrl-C)
 =====  =======================================  =====  ====================================
 """
 
@@ -96,6 +96,7 @@ def set_up(allow_cpu: bool, verbose: bool) -> None:
     if not verbose:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
         for name in ("absl", "jax", "orbax", "grain"):
             logging.getLogger(name).setLevel(logging.ERROR)
         warnings.showwarning = _show_warning
