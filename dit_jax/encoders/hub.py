@@ -8,6 +8,7 @@ what was cut off in the middle is never taken for whole. The same `choose` looks
 another program has put there serve as well.
 """
 
+import contextlib
 import dataclasses
 import email.utils
 import errno
@@ -15,7 +16,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar
@@ -53,12 +54,6 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SHARD = re.compile(r"-\d+-of-\d+\.")
-
-# What a person without a network copies by hand, in the names that most repositories use.
-BY_HAND: dict[Kind, str] = {
-    "vae": "config.json and diffusion_pytorch_model.safetensors",
-    "text_encoder": "config.json, model.safetensors, vocab.json, merges.txt and tokenizer_config.json",
-}
 
 T = TypeVar("T")
 Open = Callable[[str], Path]  # the local file of a name in the repository
@@ -175,11 +170,7 @@ def _class_of(model_index: dict[str, Any], component: str) -> str:
 
 def _tokenizer_files(names: set[str], folder: str) -> list[str]:
     """The tokenizer's files of the text encoder in ``folder``, by the rule of `tokenizer.find_tokenizer`."""
-    candidates = [folder]
-    if folder:
-        place = PurePosixPath(folder)
-        sibling = place.name.replace("text_encoder", "tokenizer") if "text_encoder" in place.name else "tokenizer"
-        candidates.append(str(place.with_name(sibling)))
+    candidates = _tokenizer_folders(folder)
     for candidate in candidates:
         found = [name for name in FILES if _join(candidate, name) in names]
         if "tokenizer.json" in found or {"vocab.json", "merges.txt"} <= {*found}:
@@ -188,6 +179,15 @@ def _tokenizer_files(names: set[str], folder: str) -> list[str]:
         "there is no tokenizer (tokenizer.json, or vocab.json and merges.txt) in "
         + " or ".join(candidate or "its top folder" for candidate in candidates)
     )
+
+
+def _tokenizer_folders(folder: str) -> list[str]:
+    """Where the tokenizer of the text encoder in ``folder`` may lie."""
+    if not folder:
+        return [folder]
+    place = PurePosixPath(folder)
+    sibling = place.name.replace("text_encoder", "tokenizer") if "text_encoder" in place.name else "tokenizer"
+    return [folder, str(place.with_name(sibling))]
 
 
 def _weight_set(names: set[str], open_file: Open, folder: str) -> tuple[list[str], list[str]]:
@@ -247,12 +247,23 @@ def _fetch(hub_id: HubId, kind: Kind) -> Path:
             _say(f"{hub_id}: {reason}; using the cached commit {cached.name} in {cached}")
             return cached
         offline = "unset HF_HUB_OFFLINE, " if constants.HF_HUB_OFFLINE else ""
-        page = f"{constants.ENDPOINT}/{hub_id.repo}/tree/{hub_id.revision}/{hub_id.subfolder}".rstrip("/")
         raise FetchError(
             f"cannot fetch {hub_id} from {constants.ENDPOINT}, and it is not cached whole in {constants.HF_HUB_CACHE}:"
-            f" {reason}; {offline}set HF_ENDPOINT to a mirror, or put {BY_HAND[kind]} from {page} into a folder and"
-            " give its path"
+            f" {reason}; {offline}set HF_ENDPOINT to a mirror, or give a folder with {_by_hand(hub_id, kind)}"
         ) from reason
+
+
+def _by_hand(hub_id: HubId, kind: Kind) -> str:
+    """The files that a person without a network copies into one folder, in the names that most repositories use."""
+
+    def page(folder: str) -> str:
+        return f"{constants.ENDPOINT}/{hub_id.repo}/tree/{hub_id.revision}/{folder}".rstrip("/")
+
+    network = page(hub_id.subfolder) + ("" if hub_id.subfolder else " (of a pipeline: with its subfolders)")
+    if kind == "vae":
+        return f"config.json and diffusion_pytorch_model.safetensors of {network}"
+    tokenizer = page(_tokenizer_folders(hub_id.subfolder)[-1])
+    return f"config.json and model.safetensors of {network} and what there is of {', '.join(FILES)} of {tokenizer}"
 
 
 def _cached(hub_id: HubId, kind: Kind) -> Path | None:
@@ -313,12 +324,33 @@ def _download(hub_id: HubId, kind: Kind) -> Path:
     if absent:
         _say(f"fetched {hub_id} into {root} in {time.monotonic() - start:.1f} s")
     if hub_id.revision != info.sha:
-        ref = _storage(hub_id) / "refs" / hub_id.revision
+        _write_ref(hub_id, info.sha)
+    return root
+
+
+def _write_ref(hub_id: HubId, commit: str) -> None:
+    """Notes in the cache which commit a branch or tag stands for; nothing is written where that is known."""
+    ref = _storage(hub_id) / "refs" / hub_id.revision
+    if ref.is_file() and ref.read_text().strip() == commit:
+        return
+    with _writable_cache():
         ref.parent.mkdir(parents=True, exist_ok=True)
         temporary = ref.with_name(f"{ref.name}.{os.getpid()}.tmp")
-        temporary.write_text(info.sha)
+        temporary.write_text(commit)
         temporary.replace(ref)
-    return root
+
+
+@contextlib.contextmanager
+def _writable_cache() -> Iterator[None]:
+    """A cache that this user may not write to ends the program with its name; a full disk keeps its own error."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        raise FetchError(
+            f"cannot write to the cache {constants.HF_HUB_CACHE}: {error.strerror}; set HF_HOME to a folder of yours"
+        ) from error
 
 
 def _get(hub_id: HubId, root: Path, name: str, sha256: str | None) -> Path:
@@ -380,15 +412,11 @@ def _call(what: str, request: Callable[[], T]) -> T:
     """
     for number, pause in enumerate((*WAITS, None), start=2):
         try:
-            return request()
+            with _writable_cache():
+                return request()
         except CALL_ERRORS as error:
             if isinstance(error, OSError) and error.errno in DISK_FULL:
                 raise
-            if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
-                raise FetchError(
-                    f"cannot write to the cache {constants.HF_HUB_CACHE}: {error.strerror}; set HF_HOME to a folder"
-                    " of yours"
-                ) from error
             cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
             reason, is_temporary = _judge(cause)
             if not is_temporary:

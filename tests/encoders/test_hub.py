@@ -1,5 +1,7 @@
 """Encoders from a hub: one small hub on this machine, and all that can go wrong with it."""
 
+import email.utils
+import errno
 import hashlib
 import http.server
 import json
@@ -327,11 +329,19 @@ def test_a_hub_that_is_busy_is_asked_again_when_it_says(served, online, pauses, 
     assert "HTTP 429; attempt 2 of 5 in 7 s" in capsys.readouterr().out
 
 
+def test_a_hub_may_name_a_date(served, online, pauses):
+    served.break_("GET /api", (429, {"Retry-After": email.utils.formatdate(time.time() + 60)}), times=1)
+    hub.fetch("lab/vae", "vae")
+    assert 55 < pauses[0] <= 60
+
+
 def test_a_hub_that_stays_broken_is_given_up(served, online, pauses):
     served.break_("GET /api", 500)
     line = refusal()
     assert "HTTP 500 (after 5 attempts)" in line and pauses == list(hub.WAITS)
-    for part in ("HF_ENDPOINT", served.url + "/lab/vae/tree/main", "config.json", WEIGHTS, "folder"):
+    assert "HF_ENDPOINT" in line and f"config.json and {WEIGHTS} of {served.url}/lab/vae/tree/main" in line
+    line = refusal("lab/xl/text_encoder_2", "text_encoder")
+    for part in (f"model.safetensors of {served.url}/lab/xl/tree/main/text_encoder_2", "xl/tree/main/tokenizer_2"):
         assert part in line
 
 
@@ -362,6 +372,12 @@ def test_a_body_that_breaks_off_is_completed(served, online):
     assert served.bodies().count(WEIGHTS) == 3
 
 
+def test_a_body_that_always_breaks_off_is_given_up(served, online, tmp_path):
+    served.break_(f"GET .*resolve.*{WEIGHTS}", "cut")
+    assert "(after 5 attempts)" in refusal()
+    assert not list(tmp_path.rglob(f"*{WEIGHTS}"))
+
+
 def test_wrong_bytes_are_refused_by_name_and_removed(served, online, tmp_path):
     served.stated[WEIGHTS] = "0" * 64
     line = refusal()
@@ -385,11 +401,22 @@ def test_a_final_answer_is_not_asked_for_again(served, online, pauses, fault, sa
     assert re.search(said, refusal()) and pauses == []
 
 
-def test_a_cache_that_cannot_be_written_to(served, online, tmp_path):
-    (tmp_path / "file").write_text("")
-    online.setattr(constants, "HF_HUB_CACHE", "/proc/cache")
-    online.setattr(hub, "NOT_WRITABLE", (*hub.NOT_WRITABLE, 2))  # where tests run as root, /proc says otherwise
-    assert "set HF_HOME" in refusal()
+def test_a_cache_that_cannot_be_written_to(served, online, pauses):
+    def deny(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    online.setattr(hub, "hf_hub_download", deny)
+    assert "cannot write to the cache" in (line := refusal()) and "set HF_HOME" in line and pauses == []
+
+
+def test_a_full_disk_is_not_taken_for_a_network_error(served, online, pauses):
+    def fill(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    online.setattr(hub, "hf_hub_download", fill)
+    with pytest.raises(OSError, match="No space left"):  # `runtime` ends on these words with code 8
+        hub.fetch("lab/vae", "vae")
+    assert pauses == []
 
 
 # ---- what is cached
