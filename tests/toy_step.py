@@ -18,7 +18,7 @@ from tests.toy import Toy
 B = 4
 
 
-def make_step(toy: Toy, **changes: Any) -> TrainStep:
+def make_step(toy: Toy, kind: type[TrainStep] = TrainStep, **changes: Any) -> TrainStep:
     """Plain gradient descent on rectified flow; ``changes`` are fields of the step."""
     process = Process(make_schedule("rectified_flow", 1.0), "flow")
     options = {
@@ -33,7 +33,7 @@ def make_step(toy: Toy, **changes: Any) -> TrainStep:
         "accumulate": 1,
         "seed": 3,
     }
-    return TrainStep(**{**options, **changes})
+    return kind(**{**options, **changes})
 
 
 def make_state(toy: Toy, step: TrainStep, at: int = 100) -> TrainState:
@@ -43,9 +43,9 @@ def make_state(toy: Toy, step: TrainStep, at: int = 100) -> TrainState:
     return TrainState(jnp.int32(at), params, ema, opt_state, LossScale.fresh())
 
 
-def make_batch(toy: Toy) -> Batch:
+def make_batch(toy: Toy, seed: int = 7) -> Batch:
     """B random samples on a 4 x 6 latent grid."""
-    k = jax.random.split(jax.random.key(7), 4)
+    k = jax.random.split(jax.random.key(seed), 4)
     m = toy.model
     return {
         "mean": np.asarray(jax.random.normal(k[0], (B, 4, 6, m.in_channels))),

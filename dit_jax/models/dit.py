@@ -18,6 +18,7 @@ from dit_jax.models.embeddings import (
     PositionEmbedder,
     TextEmbedder,
     TimestepEmbedder,
+    spread,
     unpatchify,
 )
 from dit_jax.models.layers import DiTBlock, FinalLayer, KeysValues
@@ -111,7 +112,7 @@ class DiT(nn.Module):
 
     def setup(self) -> None:
         self.x_embedder = PatchEmbedder(self.patch_size, self.hidden_size, self.dtype)
-        self.pos_embed = PositionEmbedder(self.hidden_size, self.dtype)
+        self.pos_embed = PositionEmbedder(self.hidden_size)
         self.t_embedder = TimestepEmbedder(self.hidden_size, self.time_scale, self.dtype)
         self.y_embedder = TextEmbedder(
             self.hidden_size,
@@ -156,7 +157,8 @@ class DiT(nn.Module):
         With ``train`` dropout is on and draws from the rng stream ``dropout``.
         """
         rows, cols = x_t.shape[1] // self.patch_size, x_t.shape[2] // self.patch_size
-        x = self.x_embedder(x_t.astype(self.dtype)) + self.pos_embed(rows, cols)[None]  # [B, N, D]
+        x = self.x_embedder(x_t)  # [B, N, D]
+        x = x + spread(self.pos_embed(rows, cols), x.shape, self.dtype)
         c = self.t_embedder(t) + text.vector  # [B, D]
         for i, block in enumerate(self.blocks):
             keys_values = text.keys_values[i] if text.keys_values else None

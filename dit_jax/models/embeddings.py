@@ -13,9 +13,6 @@ Text.  One vector per caption (``text_pool``) is projected to the model width an
 which stands for "no text" in classifier-free guidance (Ho & Salimans 2022), is learned.
 """
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -27,17 +24,26 @@ MAX_PERIOD = 10_000.0
 XAVIER = nn.initializers.xavier_uniform()
 
 
-def flat_dot_general(x: Array, kernel: Array, dimension_numbers: Any, precision: Any = None) -> Array:
-    """``x [..., D] @ kernel [D, F]`` with all leading axes as one.
-
-    XLA for CPU is several times slower at the weight gradient of ``[B, N, D]`` than at that of ``[B * N, D]``.
-    """
-    assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ()))
-    flat = jax.lax.dot(x.reshape(-1, x.shape[-1]), kernel, precision=precision)
-    return flat.reshape(*x.shape[:-1], kernel.shape[-1])
+def spread(x: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    """Broadcast to a shape in a dtype such that the gradient, a sum over the new axes, is summed in float32."""
+    return jnp.broadcast_to(x.astype(jnp.float32), shape).astype(dtype)
 
 
-Dense = functools.partial(nn.Dense, dot_general=flat_dot_general)
+class Dense(nn.Module):
+    """A linear map with bias, ``[..., D]`` -> ``[..., features]``, computed in ``dtype`` from float32 parameters."""
+
+    features: int
+    dtype: jnp.dtype
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+        # XLA for CPU is several times slower at the weight gradient of [B, N, D] than at that of [B * N, D]
+        flat = x.astype(self.dtype).reshape(-1, x.shape[-1]) @ kernel.astype(self.dtype)
+        y = flat.reshape(*x.shape[:-1], self.features)
+        return y + spread(bias, y.shape, self.dtype)
 
 
 def patchify(latents: Array, patch_size: int) -> Array:
@@ -148,13 +154,12 @@ class TextEmbedder(nn.Module):
 
 
 class PositionEmbedder(nn.Module):
-    """Learned positions of a grid of patches, ``[N, D]``; resampled (bicubic) where training saw another grid.
+    """Learned positions of a grid of patches, float32 ``[N, D]``; resampled (bicubic) where training saw another grid.
 
     They start as large as the tokens, so that attention can tell patches apart from the first step.
     """
 
     hidden_size: int
-    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, rows: int, cols: int) -> Array:
@@ -164,4 +169,4 @@ class PositionEmbedder(nn.Module):
         table = jnp.asarray(self.get_variable("params", "table"))
         if table.shape[:2] != (rows, cols):
             table = jax.image.resize(table, (rows, cols, self.hidden_size), method="bicubic")
-        return table.reshape(rows * cols, self.hidden_size).astype(self.dtype)
+        return table.reshape(rows * cols, self.hidden_size)

@@ -9,7 +9,9 @@ A block maps tokens ``x [B, N, D]`` given a condition ``c [B, D]`` (Peebles & Xi
     x <- x + alpha_2 . MLP(modulate(x, beta_2, gamma_2))                                                 (4)
 
 ``adaln`` has no gates (alpha = 1, m = 4 vectors a block); ``adaln_zero`` learns them from zero (m = 6).
-Norms and softmax are float32 whatever the compute dtype.
+Parameters, norms, softmax and every sum over tokens are float32 whatever the compute dtype. Matrix products are in the
+compute dtype, that of queries and keys too: a result in float32 would make its gradient a float32 product. Queries are
+scaled before it, so that scores stay far below float16's 65,504.
 """
 
 import jax
@@ -17,7 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dit_jax.arrays import Array
-from dit_jax.models.embeddings import XAVIER, Dense
+from dit_jax.models.embeddings import XAVIER, Dense, spread
 
 KeysValues = tuple[Array, Array]  # of text tokens, each [B, H, S, K]
 
@@ -32,7 +34,9 @@ def layer_norm(x: Array, dtype: jnp.dtype) -> Array:
 
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
     """Equation (1): ``x [B, N, D]``, ``shift`` and ``scale`` ``[B, D]``."""
-    return layer_norm(x, shift.dtype) * (1.0 + scale[:, None]) + shift[:, None]
+    dtype = shift.dtype
+    scaled = layer_norm(x, dtype) * spread(1.0 + scale[:, None], x.shape, dtype)
+    return scaled + spread(shift[:, None], x.shape, dtype)
 
 
 def attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
@@ -163,7 +167,7 @@ class DiTBlock(nn.Module):
             gate_1 = gate_2 = None
 
         def add(x, branch, gate):
-            branch = branch if gate is None else branch * gate[:, None]
+            branch = branch if gate is None else branch * spread(gate[:, None], branch.shape, self.dtype)
             return x + self.residual_dropout(branch, deterministic=not train)
 
         x = add(x, self.attention(modulate(x, shift_1, scale_1)), gate_1)

@@ -56,7 +56,7 @@ def test_timestep_features_are_cosines_then_sines_of_scaled_time():
 
 
 def test_positions_are_exact_on_their_own_grid_and_resampled_on_another():
-    module = PositionEmbedder(4, jnp.float32)
+    module = PositionEmbedder(4)
     params = module.init(jax.random.key(0), 3, 2)
     table = params["params"]["table"]
     assert table.shape == (3, 2, 4)
