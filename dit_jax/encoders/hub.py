@@ -45,8 +45,9 @@ LONGEST_WAIT = 300.0  # a hub that asks for more is treated as one that does not
 HEARTBEAT = 5.0  # seconds; a collective that waits for half a minute is given up by some backends
 
 # The bases of HfHubHTTPError are the HTTP library's own, which is another one in every major version of the hub's
-# library. hf_xet, which carries large files, raises RuntimeError.
-CALL_ERRORS = (OSError, EntryNotFoundError, RuntimeError, *HfHubHTTPError.__bases__)
+# library. hf_xet, which carries large files, raises RuntimeError; what is no listing at all, such as the log-in page
+# of a network, raises ValueError or KeyError.
+CALL_ERRORS = (OSError, EntryNotFoundError, RuntimeError, ValueError, KeyError, *HfHubHTTPError.__bases__)
 TEMPORARY_STATUS = (408, 429)  # and all from 500 on
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -446,8 +447,10 @@ def _judge(error: BaseException) -> tuple[str, bool]:
         return f"the hub refuses access (HTTP {status}): set HF_TOKEN to a token that may read it", False
     if status is not None:
         return f"the hub answers HTTP {status}", status in TEMPORARY_STATUS or status >= 500
-    lines = str(error).strip().splitlines()
-    return f"the hub does not answer ({type(error).__name__}{': ' + lines[0] if lines else ''})", True
+    said = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+    if isinstance(error, ValueError | KeyError):
+        return f"what answers is no hub, perhaps a page of your network's ({said})", False
+    return f"the hub does not answer ({said})", True
 
 
 def _retry_after(error: BaseException) -> float:

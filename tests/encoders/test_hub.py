@@ -316,6 +316,8 @@ def test_a_link_out_of_the_cache_is_refused(served, online, tmp_path):
     path.unlink()
     path.symlink_to(tmp_path / "elsewhere.json")
     assert "link out of the cache" in refusal()
+    online.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "link out of the cache" in refusal()
 
 
 # ---- a hub in trouble
@@ -394,6 +396,7 @@ def test_wrong_bytes_are_refused_by_name_and_removed(served, online, tmp_path):
         ((403, {"X-Error-Code": "GatedRepo"}), "gated: accept its terms on its page, then set HF_TOKEN"),
         ((404, {"X-Error-Code": "RevisionNotFound"}), "no such branch, tag or commit"),
         (403, r"refuses access \(HTTP 403\)"),
+        ((200, {}), "what answers is no hub"),
     ],
 )
 def test_a_final_answer_is_not_asked_for_again(served, online, pauses, fault, said):
