@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
     c.keep_every = 0  # checkpoints at multiples of this are kept for good
     c.wandb_project = ""  # Weights & Biases project (extra: wandb); "" is off
 
-    # ---- frozen encoders: embedded, or a folder in the published layout
+    # ---- frozen encoders: embedded, a folder in the published layout, or a hub id owner/name[/subfolder][@revision]
     c.vae = "embedded"
     c.text_encoder = "embedded"
     c.latents = ConfigDict()
