@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dit_jax.data.sources import Source
     from dit_jax.diffusion.process import Process
     from dit_jax.diffusion.samplers import Sampler
-    from dit_jax.encoders import VAE, TextEncoder
+    from dit_jax.encoders import VAE, TextEncoder, TextShape, VAEShape
     from dit_jax.encoders.latents import LatentScale
     from dit_jax.models.dit import DiT
     from dit_jax.training.step import TrainStep
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def resolve(
-    config: ConfigDict, num_records: int, vae: "VAE", text_encoder: "TextEncoder", num_devices: int
+    config: ConfigDict, num_records: int, vae: "VAEShape", text_encoder: "TextShape", num_devices: int
 ) -> list[str]:
     """Fill in place what depends on the data and the encoders, and check that all fits together.
 
@@ -76,12 +76,10 @@ def resolve(
         "pooled_width": text_encoder.pooled_width,
     }.items():
         if config.model[key] not in (0, value):
-            raise ConfigError(f"model.{key} is {config.model[key]}, but {text_encoder.name} has {value}; set it to 0")
+            raise ConfigError(f"model.{key} is {config.model[key]}, but {config.text_encoder} has {value}; set it to 0")
         config.model[key] = value
-    if config.model.in_channels != vae.network.latent_channels:
-        raise ConfigError(
-            f"model.in_channels is {config.model.in_channels}, but {vae.name} has {vae.network.latent_channels}"
-        )
+    if config.model.in_channels != vae.channels:
+        raise ConfigError(f"model.in_channels is {config.model.in_channels}, but {config.vae} has {vae.channels}")
     shift, scale = len(config.latents.shift), len(config.latents.scale)
     if (shift, scale) not in ((0, 0), (config.model.in_channels, config.model.in_channels)):
         raise ConfigError(
@@ -181,6 +179,16 @@ def make_text_encoder(config: ConfigDict) -> "TextEncoder":
 
     with config_errors("text_encoder"), _fetch_errors():
         return load_text_encoder(config.text_encoder)
+
+
+def describe_encoders(config: ConfigDict) -> tuple["VAEShape", "TextShape"]:
+    """What a model must know of the frozen encoders, without their weights."""
+    from dit_jax.encoders import describe_text_encoder, describe_vae
+
+    with config_errors("vae"):
+        vae = describe_vae(config.vae)
+    with config_errors("text_encoder"):
+        return vae, describe_text_encoder(config.text_encoder)
 
 
 def make_source(config: ConfigDict, part: Literal["train", "validation"]) -> "Source":

@@ -34,7 +34,7 @@ from dit_jax.arrays import Array
 from dit_jax.config import take_over, to_json
 from dit_jax.data.loader import RawBatch, batches, scan
 from dit_jax.data.sources import Source
-from dit_jax.encoders import VAE, TextEncoder
+from dit_jax.encoders import VAE, TextEncoder, TextShape, VAEShape
 from dit_jax.encoders.latents import measure_scale
 from dit_jax.errors import ConfigError
 from dit_jax.models.flops import peak_flops, training_flops
@@ -80,7 +80,11 @@ def run(config: ConfigDict, workdir: Path) -> TrainState | None:
     mesh = make_mesh(jax.devices())
     vae, text_encoder = build.make_vae(config), build.make_text_encoder(config)
     source = build.make_source(config, "train")
-    notes = build.resolve(config, len(source), vae, text_encoder, mesh.size)
+    shapes = (
+        VAEShape(vae.factor, vae.network.latent_channels),
+        TextShape(text_encoder.length, text_encoder.width, text_encoder.pooled_width),
+    )
+    notes = build.resolve(config, len(source), *shapes, mesh.size)
     dtype = build.compute_dtype(config.dtype, jax.devices()[0])
     model, process = build.make_model(config, dtype), build.make_process(config)
     build.make_times(config, process)  # needed later: what cannot be is refused before anything is written

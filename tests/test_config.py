@@ -126,7 +126,7 @@ def test_a_run_keeps_the_latent_scale_that_it_measured(tmp_path):
 
 
 def test_every_shipped_config_is_whole():
-    for name in ("quickstart", "small", "emoji"):
+    for name in ("quickstart", "overfit", "small", "base", "large", "xl", "emoji"):
         config = load_config(f"configs/{name}.py", {})
         assert flatten(config).keys() == flatten(default.get_config()).keys()
         json.loads(to_json(config))

@@ -21,7 +21,7 @@ LEAVES = {"arrays", "trees", "sharding", "errors"}  # layer 0
 LIBRARIES = {"diffusion", "models", "encoders", "data"}  # layer 1: do not know each other
 ROOMS = {"training", "metrics"}  # layer 2
 # layer 4
-PROGRAMS = {"sample", "evaluate", "train", "precompute", "export", "serve", "doctor", "bench", "__main__"}
+PROGRAMS = {"sample", "evaluate", "train", "dry_run", "precompute", "export", "serve", "doctor", "bench", "__main__"}
 BELOW_PROGRAMS = LEAVES | LIBRARIES | ROOMS | {"config", "build", "stored", "runtime"}
 
 MAY_IMPORT = {

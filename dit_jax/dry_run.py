@@ -1,0 +1,299 @@
+"""What a run would be and need, without weights and, with a device named, without data: ``main --dry_run``.
+
+    python -m dit_jax.main --config=configs/small.py --dry_run [--device=4090]
+
+Prints the resolved config, parameters, cost per image and predicted memory. With ``--device`` it says what fits there
+and which key to turn; without it, where the data are there, what the compiler sets aside on this machine, how large the
+set is, and how many hours the run would take at a measured step. Every memory figure but the compiled one is an
+estimate, equation (2) of `dit_jax.models.flops`. Nothing is written to the workdir and nothing is downloaded.
+"""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from dit_jax import build
+from dit_jax.config import flatten
+from dit_jax.errors import ConfigError, DataError
+from dit_jax.models.dit import REMAT_POLICIES, DiT
+from dit_jax.models.flops import DEVICES, Device, activation_bytes, copied_bytes, forward_macs, training_flops
+from dit_jax.sharding import batch_sharding, make_mesh, with_sharding
+from dit_jax.training.memory import abstract_batch, compiled_bytes
+from dit_jax.training.progress import duration
+from dit_jax.training.state import TrainState, abstract_state, init_state
+from dit_jax.training.step import TrainStep
+from dit_jax.trees import count_parameters, named_leaves
+
+GIB = 2**30
+ENCODERS = GIB  # kept free for the frozen encoders: a Stable Diffusion VAE and CLIP-L are 0.8 GiB in float32
+STEPS, PATIENCE = 3, 30.0  # a step is measured on so many, or as many as begin within so many seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """Predicted bytes of a training step on one device.
+
+    Attributes:
+      state: parameters, gradients, optimizer, moving average, by name.
+      copies: of the parameters in the compute dtype.
+      per_image: activations of one image of a slice.
+    """
+
+    state: dict[str, int]
+    copies: int
+    per_image: int
+
+    def total(self, images: int) -> int:
+        """With so many images at a time: those of one slice of the batch on one device."""
+        return sum(self.state.values()) + self.copies + images * self.per_image
+
+    def most_images(self, budget: int) -> int:
+        """How many images at a time stay within a budget of bytes; 0 where not even the state does."""
+        return max(0, (budget - self.total(0)) // self.per_image)
+
+
+def predict(config: ConfigDict, model: DiT, state: TrainState, h: int, w: int) -> Need:
+    """The memory of a step on ``h x w`` latents; ``state`` says what is held beside activations."""
+    parameters = count_parameters(state.params)
+    held = {
+        "parameters": size(state.params),
+        "gradients": size(state.params) * (2 if config.accumulate > 1 else 1),
+        f"optimizer ({config.optimizer})": size(state.opt_state),
+        "moving average": size(state.ema),
+    }
+    return Need(held, copied_bytes(model, parameters), activation_bytes(model, h, w))
+
+
+def size(tree: object) -> int:
+    """Bytes of all leaves (arrays or their shapes)."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def report(config: ConfigDict, name: str, device_name: str | None) -> None:
+    """Print all of it.
+
+    Args:
+      config: as `dit_jax.config.load_config` returns it; its gaps are filled in place.
+      name: what the user called it.
+      device_name: a key of `DEVICES`, or None for this machine.
+
+    Raises:
+      ConfigError: a device that is not known, or values that cannot be, as in training.
+    """
+    # ---- the same objects and checks as in training, from shapes alone
+    if device_name is not None and device_name not in DEVICES:
+        raise ConfigError(f"--device is {device_name!r}; it can be {', '.join(DEVICES)}")
+    device = DEVICES[device_name] if device_name else None
+    num_devices = 1 if device else len(jax.devices())
+    records, missing = (None, "") if device else look_at_data(config)
+    vae, text = build.describe_encoders(config)
+    by_epochs = records is None and not config.total_steps  # then how many steps there are is for the data to say
+    notes = build.resolve(config, records or config.batch_size, vae, text, num_devices)
+    if by_epochs:
+        config.total_steps = 0
+    chosen = device.dtype if device and config.dtype == "auto" else config.dtype
+    dtype = build.compute_dtype(chosen, jax.devices()[0])
+    model, process = build.make_model(config, dtype), build.make_process(config)
+    build.make_times(config, process)
+    build.make_sampler(config, config.sample.sampler, process, process.schedule.grid(config.sample.steps))
+    optimizer, learning_rate = build.make_optimizer(config)
+    side = config.data.image_size // vae.factor
+    mesh = make_mesh(jax.devices())
+    state = abstract_state(model, optimizer, side, side, mesh)
+    need = predict(config, model, state, side, side)
+
+    # ---- what can be said of every run
+    say(f"dry run of {name}: nothing is trained, downloaded or written to a workdir")
+    section("config")
+    for key, value in flatten(config).items():
+        say(f"  {key} = {value!r}")
+    for note in notes:
+        say(f"warning: {note}")
+    say_model(config, model, state, side)
+    where = f"one {device.kind}" if device else f"each of {num_devices} x {jax.devices()[0].device_kind}"
+    section(f"predicted memory of {where}: an estimate, in GiB")
+    say(f"  compute in {np.dtype(dtype).name}, model.remat={config.model.remat}, accumulate={config.accumulate}")
+    images = config.batch_size // (config.accumulate * num_devices)
+    say_memory(config, need, images)
+
+    # ---- what fits there, or what this machine says
+    if device:
+        section(f"does it fit? {device.kind}, {device.memory / GIB:.0f} GiB")
+        say_fit(config, model, state, side, device)
+        return
+    section("data and time on this machine")
+    if records is None:
+        say(f"  {missing}: no compiled memory, size of the set or hours")
+        return
+    say(f"  {config.data.source}: {records:,} pictures; an epoch is {records / config.batch_size:,.1f} steps")
+    if not config.latents.scale:  # measured in training; any will do for a step on zeros
+        config.latents.shift, config.latents.scale = (0.0,) * vae.channels, (1.0,) * vae.channels
+    step = build.make_step(config, model, process, optimizer, learning_rate)
+    batch = with_sharding(abstract_batch(model, config.batch_size, side, side), batch_sharding(mesh))
+    say_measured(config, step, state, batch, lambda: init_state(model, optimizer, jax.random.key(0), side, side, mesh))
+
+
+def look_at_data(config: ConfigDict) -> tuple[int | None, str]:
+    """How many pictures there are; or None, and why that is not known. Reads captions, no picture."""
+    if not config.data.source:
+        return None, "data.source is not set (--config.data.source=folder:PATH)"
+    try:
+        return len(build.make_source(config, "train")), ""
+    except DataError as error:
+        return None, str(error)
+
+
+def say_model(config: ConfigDict, model: DiT, state: TrainState, side: int) -> None:
+    """Parameters, latents and cost per image."""
+    parts = {"blocks": 0, "embedders": 0, "final layer": 0}
+    for leaf, shape in named_leaves(state.params).items():
+        part = "blocks" if leaf.startswith("blocks_") else "final layer" if leaf.startswith("final") else "embedders"
+        parts[part] += shape.size
+    macs = forward_macs(model, side, side)
+    section("model")
+    split = ", ".join(f"{part} {count:,}" for part, count in parts.items())
+    say(f"  parameters      {sum(parts.values()):,} ({split})")
+    tokens = (side // model.patch_size) ** 2
+    say(
+        f"  pictures        {config.data.image_size} px -> latents {side}x{side}x{model.in_channels} -> {tokens} tokens"
+    )
+    say(f"  text            {model.text_mode}, {model.text_length} tokens of width {model.text_width}")
+    say(
+        f"  FLOP per image  {2 * macs / 1e9:.2f} G forward, {training_flops(model, side, side) / 1e9:.2f} G in training"
+    )
+    say(f'                  published "Gflops" of DiT are multiply-adds: {macs / 1e9:.2f} forward')
+
+
+def say_memory(config: ConfigDict, need: Need, images: int) -> None:
+    """The table of what is held, at one image and at the config's batch."""
+    counts = (1, images)
+    say(f"  {'batch':28} {1:>9} {config.batch_size:>9}")
+    if images != config.batch_size:
+        say(f"  {'images at a time, a device':28} {1:>9} {images:>9}")
+    rows = {**need.state, "copies in compute dtype": need.copies}
+    table = {part: (held, held) for part, held in rows.items()}
+    table["activations"] = (need.per_image, images * need.per_image)
+    table["total"] = (need.total(counts[0]), need.total(counts[1]))
+    for part, (one, all_of_it) in table.items():
+        say(f"  {part:28} {one / GIB:9.3f} {all_of_it / GIB:9.3f}")
+    say(f"  not in it: frozen encoders (up to {ENCODERS / GIB:.0f} GiB), and what drawing samples needs between steps")
+
+
+def say_fit(config: ConfigDict, model: DiT, state: TrainState, side: int, device: Device) -> None:
+    """Whether the config's batch fits on the device, the largest that does, and the keys that help."""
+    budget = int(device.memory * device.usable) - ENCODERS
+    say(
+        f"  JAX takes {device.usable:.0%} of it (XLA_PYTHON_CLIENT_MEM_FRACTION changes that on a GPU), and"
+        f" {ENCODERS / GIB:.0f} GiB is kept for the encoders: {budget / GIB:.2f} GiB for a step"
+    )
+    for remat in REMAT_POLICIES:
+        other = predict(config, model.clone(remat=remat), state, side, side)
+        most = other.most_images(budget) * config.accumulate
+        now = "  <- the config's" if remat == config.model.remat else ""
+        say(f"  largest batch with model.remat={remat:5} {most:>8,}{now}")
+    if fits(config, model, state, side, budget):
+        say(f"  fits: batch_size={config.batch_size}")
+        return
+    say(f"  does NOT fit: batch_size={config.batch_size}. By the same estimate each line alone mends it:")
+    found = list(remedies(config, model, state, side, budget))
+    for changes in found:
+        say("    " + " ".join(f"--config.{key}={value}" for key, value in changes.items()))
+    if not found:
+        say("    none: the state alone is too large; take a smaller model or a larger device")
+
+
+def fits(config: ConfigDict, model: DiT, state: TrainState, side: int, budget: int) -> bool:
+    """Whether a step of one device is predicted to stay within a budget of bytes."""
+    return predict(config, model, state, side, side).total(config.batch_size // config.accumulate) <= budget
+
+
+def remedies(
+    config: ConfigDict, model: DiT, state: TrainState, side: int, budget: int
+) -> Iterator[dict[str, int | str]]:
+    """Changes of keys with which the config fits; each was checked by the prediction.
+
+    For each policy of remat the fewest slices that fit, then a smaller batch, and arithmetic in 16 bits.
+    """
+    slices = [a for a in range(config.accumulate, config.batch_size + 1) if config.batch_size % a == 0]
+    policies = list(REMAT_POLICIES)
+    for remat in policies[policies.index(config.model.remat) :]:
+        for accumulate in slices:
+            if fits(changed(config, accumulate=accumulate), model.clone(remat=remat), state, side, budget):
+                new: dict[str, int | str] = {"model.remat": remat, "accumulate": accumulate}
+                old = flatten(config)
+                yield {key: value for key, value in new.items() if value != old[key]}
+                break
+    most = predict(config, model, state, side, side).most_images(budget) * config.accumulate
+    if most:
+        yield {"batch_size": most}
+    if config.dtype == "float32" and fits(config, model.clone(dtype=jnp.bfloat16), state, side, budget):
+        yield {"dtype": "auto"}
+
+
+def changed(config: ConfigDict, **values: int) -> ConfigDict:
+    """A copy with other values."""
+    copy = config.copy_and_resolve_references()
+    copy.update(values)
+    return copy
+
+
+def say_measured(
+    config: ConfigDict,
+    step: TrainStep,
+    state: TrainState,
+    batch: dict[str, jax.ShapeDtypeStruct],
+    make_state: Callable[[], TrainState],
+) -> None:
+    """Compile the real step for these shapes; take a few on zeros where they fit; say bytes and hours."""
+    begin = time.monotonic()
+    compiled = step.compile(state, batch)
+    parts = compiled_bytes(compiled)
+    say(
+        f"  compiled memory {parts['total'] / GIB:.3f} GiB a device, of it {parts['temporaries'] / GIB:.3f} for"
+        f" activations and gradients (compiled in {time.monotonic() - begin:.0f} s)"
+    )
+    room = free_memory()
+    needed = parts["total"] * (len(jax.devices()) if jax.default_backend() == "cpu" else 1)
+    if room is not None and needed > room:
+        say(f"  time not measured: a step needs {needed / GIB:.1f} GiB, this machine has {room / GIB:.1f} GiB free")
+        return
+    values = jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), batch)
+    held, metrics = compiled(make_state(), values)  # the first step is slower than the others
+    jax.block_until_ready(metrics)
+    begin = time.monotonic()
+    taken = 0
+    while taken < STEPS and time.monotonic() - begin < PATIENCE:
+        held, metrics = compiled(held, values)
+        jax.block_until_ready(metrics)
+        taken += 1
+    seconds = (time.monotonic() - begin) / taken
+    say(
+        f"  {seconds:.3f} s a step, {config.batch_size / seconds:,.0f} pictures/s (mean of {taken} on zeros):"
+        f" {config.total_steps:,} steps take {duration(config.total_steps * seconds)}, without encoding and drawing"
+    )
+
+
+def free_memory() -> int | None:
+    """Bytes that a step may take here: what JAX has on the first device, or on CPU the free memory of the machine."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    if {"SC_AVPHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys():
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def section(title: str) -> None:
+    """A heading."""
+    print(f"\n{title}", flush=True)
+
+
+def say(line: str) -> None:
+    """A line of the page, at once."""
+    print(line, flush=True)
