@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dit_jax.config import load_config
-from dit_jax.runtime import add_flags, run_program, set_up
+from dit_jax.runtime import add_flags, read_overrides, run_program, set_up
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,16 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add_flags(parser)
     args, rest = parser.parse_known_args(argv)
-    overrides = {}
-    while rest:
-        flag, equals, value = rest.pop(0).partition("=")
-        if not flag.startswith("--config."):
-            parser.error(f"unrecognized argument {flag}")
-        if not equals:
-            if not rest:
-                parser.error(f"{flag} needs a value")
-            value = rest.pop(0)
-        overrides[flag.removeprefix("--config.")] = value
+    overrides = read_overrides(parser, rest)
 
     def train() -> None:
         config = load_config(args.config, overrides)

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,24 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--allow_cpu", action="store_true", help="run on CPU although there is an NVIDIA device")
     group.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     group.add_argument("-v", "--verbose", action="store_true", help="show what the libraries log")
+
+
+def read_overrides(parser: argparse.ArgumentParser, rest: Sequence[str]) -> dict[str, str]:
+    """Keys of a config and their values, as text, from the arguments ``--config.key=value`` or ``--config.key value``.
+
+    ``rest`` is what the parser does not know; what is no such argument ends the program.
+    """
+    overrides, left = {}, list(rest)
+    while left:
+        flag, equals, value = left.pop(0).partition("=")
+        if not flag.startswith("--config."):
+            parser.error(f"unrecognized argument {flag}")
+        if not equals:
+            if not left:
+                parser.error(f"{flag} needs a value")
+            value = left.pop(0)
+        overrides[flag.removeprefix("--config.")] = value
+    return overrides
 
 
 def run_program(main: Callable[[], None], show_traceback: bool, less_memory: str) -> None:

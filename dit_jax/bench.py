@@ -1,0 +1,76 @@
+"""Measures what a model takes.
+
+    python -m dit_jax.bench memory --config=configs/small.py [--config.key=value ...]
+
+``memory``: for every ``model.remat``, what the backward pass keeps of the forward one, and what the compiled train step
+sets aside on each device; with the batch size, picture size and dtype of the config. It reads no data.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from dit_jax.config import load_config
+from dit_jax.runtime import add_flags, read_overrides, run_program, set_up
+
+MIB = 2**20
+
+
+def memory(spec: str, overrides: dict[str, str]) -> None:
+    """Print a row per remat policy, in MiB, as a Markdown table."""
+    import jax
+    import numpy as np
+
+    from dit_jax import build
+    from dit_jax.models.dit import REMAT_POLICIES
+    from dit_jax.sharding import batch_sharding, make_mesh, with_sharding
+    from dit_jax.training.memory import abstract_batch, compiled_bytes, saved_bytes
+    from dit_jax.training.state import abstract_state
+
+    config = load_config(spec, overrides)
+    mesh = make_mesh(jax.devices())
+    vae, text_encoder = build.make_vae(config), build.make_text_encoder(config)
+    build.resolve(config, config.batch_size, vae, text_encoder, mesh.size)
+    config.latents.shift = config.latents.scale = (1.0,) * config.model.in_channels  # any: they change no shape
+    side = config.data.image_size // vae.factor
+    B, dtype = config.batch_size, build.compute_dtype(config.dtype, jax.devices()[0])
+    steps = {}
+    for remat in REMAT_POLICIES:
+        config.model.remat = remat
+        model, process = build.make_model(config, dtype), build.make_process(config)
+        steps[remat] = build.make_step(config, model, process, *build.make_optimizer(config))
+    print(
+        f"batch {B} on {mesh.size} x {jax.devices()[0].device_kind}, accumulate {config.accumulate},"
+        f" {np.dtype(dtype).name}, MiB a device"
+    )
+    print("| remat | kept for the backward pass | temporaries of the compiled step | the step in all |")
+    print("|---|---|---|---|", flush=True)
+    for remat, step in steps.items():
+        kept = saved_bytes(step, B // config.accumulate // mesh.size, side, side)
+        state = abstract_state(step.model, step.optimizer, side, side, mesh)
+        batch = with_sharding(abstract_batch(step.model, B, side, side), batch_sharding(mesh))
+        found = compiled_bytes(step.compile(state, batch))
+        row = [kept, found["temporaries"], found["total"]]
+        print(f"| {remat} | " + " | ".join(f"{n / MIB:,.0f}" for n in row) + " |", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program's flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dit_jax.bench", description="Measure what a model takes.", allow_abbrev=False
+    )
+    parser.add_argument("what", choices=("memory",), help="memory: of the train step, by model.remat")
+    parser.add_argument("--config", required=True, help="FILE.py, FILE.py:key=value,key=value or a run's config.json")
+    add_flags(parser)
+    args, rest = parser.parse_known_args(argv)
+    overrides = read_overrides(parser, rest)
+
+    def measure() -> None:
+        set_up(args.allow_cpu, args.verbose)
+        memory(args.config, overrides)
+
+    run_program(measure, args.traceback, "lower batch_size")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
