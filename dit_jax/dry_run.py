@@ -32,6 +32,7 @@ from dit_jax.trees import count_parameters, named_leaves
 
 GIB = 2**30
 ENCODERS = GIB  # kept free for the frozen encoders: a Stable Diffusion VAE and CLIP-L are 0.8 GiB in float32
+MANY = 10**12  # records of a set that is not looked at: no check of lengths must fail because of it
 STEPS, PATIENCE = 3, 30.0  # a step is measured on so many, or as many as begin within so many seconds
 
 
@@ -94,15 +95,16 @@ def report(config: ConfigDict, name: str, device_name: str | None) -> None:
     records, missing = (None, "") if device else look_at_data(config)
     vae, text = build.describe_encoders(config)
     by_epochs = records is None and not config.total_steps  # then how many steps there are is for the data to say
-    notes = build.resolve(config, records or config.batch_size, vae, text, num_devices)
-    if by_epochs:
-        config.total_steps = 0
+    notes = build.resolve(config, MANY if records is None else records, vae, text, num_devices)
     chosen = device.dtype if device and config.dtype == "auto" else config.dtype
     dtype = build.compute_dtype(chosen, jax.devices()[0])
     model, process = build.make_model(config, dtype), build.make_process(config)
     build.make_times(config, process)
     build.make_sampler(config, config.sample.sampler, process, process.schedule.grid(config.sample.steps))
     optimizer, learning_rate = build.make_optimizer(config)
+    if by_epochs:
+        config.total_steps = 0
+        notes.append("total_steps is 0 here: it follows from total_epochs and the number of pictures")
     side = config.data.image_size // vae.factor
     mesh = make_mesh(jax.devices())
     state = abstract_state(model, optimizer, side, side, mesh)
@@ -116,7 +118,7 @@ def report(config: ConfigDict, name: str, device_name: str | None) -> None:
     for note in notes:
         say(f"warning: {note}")
     say_model(config, model, state, side)
-    where = f"one {device.kind}" if device else f"each of {num_devices} x {jax.devices()[0].device_kind}"
+    where = device.kind if device else f"a device of this machine ({num_devices} x {jax.devices()[0].device_kind})"
     section(f"predicted memory of {where}: an estimate, in GiB")
     say(f"  compute in {np.dtype(dtype).name}, model.remat={config.model.remat}, accumulate={config.accumulate}")
     images = config.batch_size // (config.accumulate * num_devices)
@@ -124,12 +126,13 @@ def report(config: ConfigDict, name: str, device_name: str | None) -> None:
 
     # ---- what fits there, or what this machine says
     if device:
-        section(f"does it fit? {device.kind}, {device.memory / GIB:.0f} GiB")
+        section(f"does it fit on one {device.kind} of {device.memory / GIB:.0f} GiB?")
         say_fit(config, model, state, side, device)
         return
     section("data and time on this machine")
     if records is None:
-        say(f"  {missing}: no compiled memory, size of the set or hours")
+        say(f"  not said: compiled memory, size of the set, hours; {missing}")
+        say(f"  what fits on a card: --device={'|'.join(DEVICES)}")
         return
     say(f"  {config.data.source}: {records:,} pictures; an epoch is {records / config.batch_size:,.1f} steps")
     if not config.latents.scale:  # measured in training; any will do for a step on zeros
@@ -164,10 +167,9 @@ def say_model(config: ConfigDict, model: DiT, state: TrainState, side: int) -> N
         f"  pictures        {config.data.image_size} px -> latents {side}x{side}x{model.in_channels} -> {tokens} tokens"
     )
     say(f"  text            {model.text_mode}, {model.text_length} tokens of width {model.text_width}")
-    say(
-        f"  FLOP per image  {2 * macs / 1e9:.2f} G forward, {training_flops(model, side, side) / 1e9:.2f} G in training"
-    )
-    say(f'                  published "Gflops" of DiT are multiply-adds: {macs / 1e9:.2f} forward')
+    flops = training_flops(model, side, side)
+    say(f"  FLOP per image  {2 * macs / 1e9:.3g} G forward, {flops / 1e9:.3g} G in training (forward and backward)")
+    say(f'                  published "Gflops" of DiT are multiply-adds: {macs / 1e9:.3g} G forward')
 
 
 def say_memory(config: ConfigDict, need: Need, images: int) -> None:
@@ -188,10 +190,12 @@ def say_memory(config: ConfigDict, need: Need, images: int) -> None:
 def say_fit(config: ConfigDict, model: DiT, state: TrainState, side: int, device: Device) -> None:
     """Whether the config's batch fits on the device, the largest that does, and the keys that help."""
     budget = int(device.memory * device.usable) - ENCODERS
+    taken = "" if device.usable == 1 else f"of which JAX takes {device.usable:.0%}, "
     say(
-        f"  JAX takes {device.usable:.0%} of it (XLA_PYTHON_CLIENT_MEM_FRACTION changes that on a GPU), and"
-        f" {ENCODERS / GIB:.0f} GiB is kept for the encoders: {budget / GIB:.2f} GiB for a step"
+        f"  {device.memory / GIB:.0f} GiB, {taken}less {ENCODERS / GIB:.0f} for encoders: {budget / GIB:.2f} GiB for a step"
     )
+    if taken:
+        say("  (XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 in the environment lets JAX take 90%; not counted here)")
     for remat in REMAT_POLICIES:
         other = predict(config, model.clone(remat=remat), state, side, side)
         most = other.most_images(budget) * config.accumulate
@@ -200,12 +204,13 @@ def say_fit(config: ConfigDict, model: DiT, state: TrainState, side: int, device
     if fits(config, model, state, side, budget):
         say(f"  fits: batch_size={config.batch_size}")
         return
-    say(f"  does NOT fit: batch_size={config.batch_size}. By the same estimate each line alone mends it:")
     found = list(remedies(config, model, state, side, budget))
+    if not found:
+        say("  does NOT fit, at no batch size and with no policy: take a smaller model or a larger device")
+        return
+    say(f"  does NOT fit: batch_size={config.batch_size}. By the same estimate each line alone mends it:")
     for changes in found:
         say("    " + " ".join(f"--config.{key}={value}" for key, value in changes.items()))
-    if not found:
-        say("    none: the state alone is too large; take a smaller model or a larger device")
 
 
 def fits(config: ConfigDict, model: DiT, state: TrainState, side: int, budget: int) -> bool:
@@ -220,7 +225,7 @@ def remedies(
 
     For each policy of remat the fewest slices that fit, then a smaller batch, and arithmetic in 16 bits.
     """
-    slices = [a for a in range(config.accumulate, config.batch_size + 1) if config.batch_size % a == 0]
+    slices = [a for a in range(1, config.batch_size + 1) if config.batch_size % a == 0]
     policies = list(REMAT_POLICIES)
     for remat in policies[policies.index(config.model.remat) :]:
         for accumulate in slices:
@@ -251,6 +256,7 @@ def say_measured(
     make_state: Callable[[], TrainState],
 ) -> None:
     """Compile the real step for these shapes; take a few on zeros where they fit; say bytes and hours."""
+    say("  compiling the train step ...")
     begin = time.monotonic()
     compiled = step.compile(state, batch)
     parts = compiled_bytes(compiled)

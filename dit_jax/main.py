@@ -1,6 +1,7 @@
 """Trains: ``python -m dit_jax.main --config=configs/small.py [--workdir=DIR] [--config.key=value ...]``.
 
-The same command again goes on where the last checkpoint ends.
+The same command again goes on where the last checkpoint ends. With ``--dry_run`` it says what the run would be and
+need, and trains nothing.
 """
 
 import argparse
@@ -25,15 +26,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--workdir", type=Path, help="folder of the run; default: runs/<config name>, or where the config.json lies"
     )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print config, parameters, cost and memory of the run, and train nothing"
+    )
+    parser.add_argument("--device", help="with --dry_run: what fits on a 4090, t4, h100, h200 or v5e")
     add_flags(parser)
     args, rest = parser.parse_known_args(argv)
     overrides = read_overrides(parser, rest)
+    if args.device is not None and not args.dry_run:
+        parser.error("--device goes with --dry_run; a run takes the devices that are there")
 
     def train() -> None:
         config = load_config(args.config, overrides)
-        set_up(args.allow_cpu, args.verbose)
-        from dit_jax import train
+        set_up(args.allow_cpu or args.device is not None, args.verbose)
+        from dit_jax import dry_run, train
 
+        if args.dry_run:
+            dry_run.report(config, args.config, args.device)
+            return
         train.run(config, args.workdir or default_workdir(args.config))
 
     less_memory = "lower batch_size, raise accumulate, or set model.remat to dots (then full)"

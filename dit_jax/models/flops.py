@@ -22,17 +22,18 @@ with dropout (its mask and its zeros) else 0:
     dots   N (2 D + 3 HK + M) c + [N D c with gates] + [N (D + HK) c + 3 S HK c with text tokens]
     full   N D c + [3 S HK c with text tokens]                                                                (2)
 
-A step keeps the sum over blocks and what the final norm keeps, N D (8 + 3 c). On top of it, it needs room to work in:
-two of its largest arrays for ``none``, for the others one block's bytes as under ``none``, which it computes again. All
-this is for one slice of the batch (``accumulate``). Where c is not 4, ``none`` keeps parameters in c as well.
+A step keeps the sum over blocks, what the final norm keeps, N D (8 + 3 c), and for ``cross`` the text states and the
+choice between them and the null caption, S E (9 + c). On top of it, it needs room to work in: two of its largest
+arrays, and unless remat is ``none`` one block's bytes as under ``none``, which it computes again. All this is for one
+slice of the batch (``accumulate``). Where c is not 4, ``none`` keeps parameters in c as well.
 
 Beside it a device holds parameters, gradients, optimizer and moving average, in float32. With ``accumulate`` above 1
 there are two sets of gradients: the sum, and those of a slice.
 
-Seen (jax 0.10.2): within 4 % of what the traced step keeps (`dit_jax.training.memory`), for every policy in float32 and
-bfloat16. Of the total that XLA for CPU sets aside for the small model in float32, at batches of 2 and 8 and for every
-policy, the estimate was between 1.00 and 1.17. XLA for CPU computes bfloat16 in float32, and takes up to 1.6 times the
-estimate. No GPU was seen yet.
+Seen (jax 0.10.2), at a batch of 8: of what the traced step keeps (`dit_jax.training.memory`) the equation gives 0.97 to
+1.00; with ``full`` in bfloat16, where little is left, 0.91. Of the total that XLA for CPU sets aside for the small
+model in float32, at batches of 2 and 8 and for every policy, the estimate was 0.92 to 1.17. XLA for CPU computes
+bfloat16 in float32 and takes more than the estimate. No GPU was seen yet.
 """
 
 from typing import NamedTuple
@@ -116,8 +117,10 @@ def block_bytes(model: DiT, N: int, remat: str) -> int:
 def kept_bytes(model: DiT, h: int, w: int) -> int:
     """Bytes per image that a training step keeps from its forward to its backward pass, equation (2)."""
     N = (h // model.patch_size) * (w // model.patch_size)
-    final = N * model.hidden_size * (8 + 3 * jnp.dtype(model.dtype).itemsize)
-    return model.num_layers * block_bytes(model, N, model.remat) + final
+    c = jnp.dtype(model.dtype).itemsize
+    final = N * model.hidden_size * (8 + 3 * c)
+    text = model.text_length * model.text_width * (9 + c) if model.text_mode == "cross" else 0
+    return model.num_layers * block_bytes(model, N, model.remat) + final + text
 
 
 def copied_bytes(model: DiT, parameters: int) -> int:
@@ -127,19 +130,19 @@ def copied_bytes(model: DiT, parameters: int) -> int:
         return 0
     if model.remat == "none":
         return parameters * c
-    text = 2 * model.hidden_size * model.num_heads * model.attention_head_dim  # outside of what is recomputed
-    return model.num_layers * text * c if model.text_mode == "cross" else 0
+    if model.text_mode == "pooled":
+        return 0
+    D, HK = model.hidden_size, model.num_heads * model.attention_head_dim
+    return (model.num_layers * 2 * D * HK + model.text_width * D) * c  # of text tokens: they are not recomputed
 
 
 def activation_bytes(model: DiT, h: int, w: int) -> int:
     """Bytes per image of a training step beside its state: what it keeps, and room to work in."""
     N = (h // model.patch_size) * (w // model.patch_size)
-    if model.remat == "none":
-        c = jnp.dtype(model.dtype).itemsize
-        room = 2 * N * max(4 * model.num_heads * N, c * int(model.hidden_size * model.mlp_ratio))
-    else:
-        room = block_bytes(model, N, "none")
-    return kept_bytes(model, h, w) + room
+    c = jnp.dtype(model.dtype).itemsize
+    room = 2 * N * max(4 * model.num_heads * N, c * int(model.hidden_size * model.mlp_ratio))
+    again = block_bytes(model, N, "none") if model.remat != "none" else 0
+    return kept_bytes(model, h, w) + room + again
 
 
 def training_flops(model: DiT, h: int, w: int) -> int:

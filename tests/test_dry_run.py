@@ -1,0 +1,114 @@
+"""What a dry run says: figures that add up, advice that is true by its own estimate, and nothing left behind."""
+
+import re
+
+import pytest
+
+from dit_jax import main
+from tests.tiny_run import CONFIG, tiny_flags
+
+SMALL = "--config=configs/small.py"
+
+
+def dry_run(capsys, *flags: str) -> str:
+    """The page."""
+    main.main(["--dry_run", *flags])
+    return capsys.readouterr().out
+
+
+def table(page: str) -> dict[str, tuple[float, float]]:
+    """The rows of the predicted memory: at one image, at the config's batch."""
+    found = re.findall(r"^  (\D+?) +(\d+\.\d+) +(\d+\.\d+)$", page, re.MULTILINE)
+    return {name: (float(one), float(all_of_it)) for name, one, all_of_it in found}
+
+
+def test_the_command_of_a_stranger_with_a_4090(capsys, tmp_path, monkeypatch):
+    """No weights, no pictures, no network; every word that users.md asks for; and not a file is written."""
+    config = f"--config={CONFIG.parent / 'small.py'}"
+    monkeypatch.chdir(tmp_path)
+    page = dry_run(capsys, config, "--device=4090", "--config.learning_rate=3e-4")
+    assert not list(tmp_path.iterdir())
+    assert "learning_rate = 0.0003" in page and "model.text_width = 768" in page
+    assert "19,863,568 (blocks 18,914,304, embedders 647,424, final layer 301,840)" in page
+    assert "latents 32x32x4 -> 256 tokens" in page
+    assert "8.07 G forward, 24.2 G in training" in page and "multiply-adds: 4.04 G" in page
+    assert "estimate" in page and "bfloat16" in page and "fits: batch_size=128" in page
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_parts_of_the_memory_add_up(capsys, optimizer):
+    rows = table(dry_run(capsys, SMALL, "--device=4090", f"--config.optimizer={optimizer}"))
+    total = rows.pop("total")
+    for column in (0, 1):
+        assert sum(row[column] for row in rows.values()) == pytest.approx(total[column], abs=0.005)
+    assert rows["parameters"] == rows["gradients"] == rows["moving average"]
+    of_parameters = rows[f"optimizer ({optimizer})"][0] / rows["parameters"][0]
+    assert of_parameters == pytest.approx({"adamw": 2.0, "muon": 1.05}[optimizer], abs=0.06)
+    assert rows["activations"][1] == pytest.approx(128 * rows["activations"][0], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--config=configs/base.py", "--device=4090", "--config.accumulate=1"),
+        ("--config=configs/xl.py", "--device=4090", "--config.accumulate=1"),
+        ("--config=configs/xl.py", "--device=v5e", "--config.dtype=float32"),
+        ("--config=configs/small.py", "--device=t4", "--config.dtype=float32"),
+    ],
+)
+def test_the_advice_fits_when_it_is_taken(capsys, flags):
+    page = dry_run(capsys, *flags)
+    assert "does NOT fit" in page
+    advice = [line.split() for line in page.splitlines() if line.startswith("    --config.")]
+    assert advice
+    for changes in advice:
+        assert "  fits: batch_size=" in dry_run(capsys, *flags, *changes), changes
+
+
+def test_the_largest_batch_is_the_largest(capsys):
+    flags = (SMALL, "--device=t4")
+    most = int(re.search(r"remat=none +([\d,]+)", dry_run(capsys, *flags))[1].replace(",", ""))
+    assert "  fits:" in dry_run(capsys, *flags, f"--config.batch_size={most}")
+    assert "does NOT fit" in dry_run(capsys, *flags, f"--config.batch_size={most + 1}")
+
+
+def test_what_cannot_fit_is_not_given_advice(capsys):
+    page = dry_run(capsys, "--config=configs/xl.py", "--device=t4")
+    assert "does NOT fit, at no batch size" in page and "    --config." not in page
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("t4", "float16"), ("h100", "bfloat16"), ("h200", "bfloat16")])
+def test_auto_is_what_the_named_device_computes_in(capsys, device, dtype):
+    assert f"compute in {dtype}," in dry_run(capsys, SMALL, f"--device={device}")
+
+
+def test_with_data_it_compiles_and_measures_the_real_step(capsys, tmp_path):
+    page = dry_run(capsys, *tiny_flags(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    assert "shapes: 28 pictures; an epoch is 3.5 steps" in page
+    assert float(re.search(r"compiled memory ([\d.]+) GiB", page)[1]) > 0
+    assert re.search(r"[\d.]+ s a step, .* 20 steps take \d+s", page)
+
+
+def test_without_data_it_says_so_and_goes_on(capsys, tmp_path):
+    page = dry_run(capsys, *tiny_flags(tmp_path / "run", data__source=f"folder:{tmp_path / 'gone'}"))
+    assert "predicted memory" in page and f"{tmp_path / 'gone'} does not exist" in page and "s a step" not in page
+    page = dry_run(capsys, SMALL, "--config.total_steps=0", "--config.total_epochs=3")
+    assert "data.source is not set" in page and "total_steps is 0 here" in page and "warmup_steps = 500" in page
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--dry_run", SMALL, "--device=3090"], "--device is '3090'; it can be 4090, t4, h100, h200, v5e"),
+        ([SMALL, "--device=4090"], "--device goes with --dry_run"),
+        (["--dry_run", SMALL, "--config.learning_rat=1"], "did you mean 'learning_rate'?"),
+        (["--dry_run", SMALL, "--config.batch_size=0"], "batch_size is 0; it must be 1 or more"),
+        (["--dry_run", SMALL, "--config.model.modulation=film"], "it can be adaln, adaln_zero"),
+        (["--dry_run", SMALL, "--config.sample.sampler=magic", "--device=4090"], "sampler is 'magic'"),
+    ],
+)
+def test_mistakes_end_as_in_training(capsys, flags, says):
+    with pytest.raises(SystemExit) as exit:
+        main.main(flags)
+    assert exit.value.code == 2 and says in capsys.readouterr().err
