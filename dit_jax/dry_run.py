@@ -191,9 +191,8 @@ def say_fit(config: ConfigDict, model: DiT, state: TrainState, side: int, device
     """Whether the config's batch fits on the device, the largest that does, and the keys that help."""
     budget = int(device.memory * device.usable) - ENCODERS
     taken = "" if device.usable == 1 else f"of which JAX takes {device.usable:.0%}, "
-    say(
-        f"  {device.memory / GIB:.0f} GiB, {taken}less {ENCODERS / GIB:.0f} for encoders: {budget / GIB:.2f} GiB for a step"
-    )
+    memory = f"{device.memory / GIB:.0f} GiB, {taken}less {ENCODERS / GIB:.0f} for the encoders"
+    say(f"  {memory}: {budget / GIB:.2f} GiB for a step")
     if taken:
         say("  (XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 in the environment lets JAX take 90%; not counted here)")
     for remat in REMAT_POLICIES:
