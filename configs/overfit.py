@@ -5,7 +5,7 @@
     python -m dit_jax.evaluate --model=runs/overfit --metric=nearest
 
 A minute on one CPU core, half of it training, with the embedded encoders. Seen with three seeds: loss 2.0 at step 1,
-0.05 to 0.07 at step 200, 0.008 to 0.03 in the last 100 steps; eight emoji, two seeds: 0.06 and 0.004 to 0.01. hits=1.00.
+0.05 to 0.07 at step 200, 0.008 to 0.03 in the last 100 steps; eight emoji, two seeds: 0.06, 0.004 to 0.01. hits=1.00.
 runs/overfit/samples/00001000.png shows the pictures themselves, as blurred as the VAE makes them.
 
 A loss that stays above 0.1: something is wrong with the pictures, the captions or the latents; the line "start check"
