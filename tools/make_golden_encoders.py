@@ -108,7 +108,7 @@ def build(case: str, folder: Path) -> dict[str, np.ndarray]:
         _randomise(network)
         network.save_pretrained(folder)
         if case in VAES:
-            return run_vae(network)
+            return run_vae(network, 4, 6)
         write_tokenizer(folder, "<|endoftext|>")
         return _run_text(case, network)
 
@@ -196,12 +196,12 @@ def _text(published_class: str, changes: dict[str, Any]) -> Any:
     return getattr(transformers, published_class)(config)
 
 
-def run_vae(network: Any) -> dict[str, np.ndarray]:
-    """Pictures that are not square, their moments, and latents decoded."""
+def run_vae(network: Any, h: int, w: int) -> dict[str, np.ndarray]:
+    """Two pictures of ``h`` x ``w`` latents, their moments, and latents decoded."""
     import torch
 
     factor = 2 ** (len(network.config.block_out_channels) - 1)
-    images = torch.rand(2, 3, 4 * factor, 6 * factor) * 2 - 1
+    images = torch.rand(2, 3, h * factor, w * factor) * 2 - 1
     posterior = network.encode(images).latent_dist
     latents = torch.randn(posterior.mean.shape)
     decoded = network.decode(latents).sample

@@ -17,7 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from dit_jax.arrays import Array, TextStates
-from dit_jax.encoders import networks, places, weights
+from dit_jax.encoders import networks, places, tiles, weights
 from dit_jax.encoders.clip import CLIPTextModel
 from dit_jax.encoders.joined import JoinedTextModel
 from dit_jax.encoders.latents import LatentScale
@@ -27,6 +27,8 @@ from dit_jax.encoders.vae import AutoencoderKL
 
 CHUNK_PIXELS = 2**20  # pixels of one VAE chunk: 256 pictures of 64 px, 4 of 512 px
 CHUNK_CAPTIONS = 256
+TILE = 1024  # pixels; pictures with a longer side go through the VAE in tiles of at most this side
+TILE_OVERLAP = 256  # pixels, at least
 
 
 class VAE:
@@ -66,6 +68,9 @@ class VAE:
     def encode(self, images: Array) -> tuple[jax.Array, jax.Array]:
         """Raw moments of pictures.
 
+        A side of more than 1,024 px is encoded in overlapping tiles, whose moments are blended: memory stays
+        bounded, and the result is an approximation, as norms and attention see one tile at a time.
+
         Args:
           images: ``[B, height, width, 3]`` in [-1, 1].
 
@@ -78,16 +83,34 @@ class VAE:
         height, width = _sides(images, "pictures", self.network.in_channels)
         if height % self.factor or width % self.factor:
             raise ValueError(f"pictures of {height} x {width} px: the VAE needs multiples of {self.factor}")
-        return _in_chunks(self._encode, self.params, (images,), CHUNK_PIXELS // (height * width))
+        return self._tiled(self._encode, images, self.factor, 1)
 
     def decode(self, latents: Array) -> jax.Array:
         """Raw latents ``[B, h, w, C]`` to float32 pictures ``[B, height, width, 3]``, clipped to [-1, 1].
 
+        A side of more than 1,024 px is decoded in overlapping tiles, which are blended: memory stays bounded,
+        and the result is an approximation, as norms and attention see one tile at a time.
+
         Raises:
           ValueError: the array is no batch of latents.
         """
-        h, w = _sides(latents, "latents", self.network.latent_channels)
-        return _in_chunks(self._decode, self.params, (latents,), CHUNK_PIXELS // (h * w * self.factor**2))
+        _sides(latents, "latents", self.network.latent_channels)
+        return self._tiled(self._decode, latents, 1, self.factor)
+
+    def _tiled(self, run: Callable[..., Any], array: Array, in_scale: int, out_scale: int) -> Any:
+        """``run(params, array)`` in chunks and, where it is large, in tiles; scales are places per latent."""
+        sides = [side // in_scale for side in np.shape(array)[1:3]]
+        tile = TILE // self.factor
+        h, w = (min(side, tile) for side in sides)
+        limit = CHUNK_PIXELS // (h * w * self.factor**2)
+
+        def chunks(rows: Array) -> Any:
+            return _in_chunks(run, self.params, (rows,), limit)
+
+        if max(sides) <= tile:
+            return chunks(array)
+        overlap = TILE_OVERLAP // self.factor
+        return jax.device_put(tiles.blend(chunks, array, tile, overlap, in_scale, out_scale))
 
 
 class TextEncoder:

@@ -96,5 +96,5 @@ def test_the_torch_class_agrees_at_full_size(tmp_path: Path):
     ).eval()
     network.save_pretrained(tmp_path)
     with torch.no_grad():
-        expected = golden.run_vae(network)
+        expected = golden.run_vae(network, 32, 32)  # 256 px
     check(load_vae(tmp_path), expected)
