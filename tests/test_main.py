@@ -38,8 +38,9 @@ def test_an_unknown_key_names_the_one_that_was_meant(capsys, tmp_path):
         ("data.source", "picture:x", "data.source is 'picture:x'; it can be shapes or folder:PATH"),
         ("data.flip", "maybe", "data.flip is 'maybe'; it can be on, off, auto"),
         ("data.crop", "random", "data.crop=random needs data.encode=every_step"),
-        ("vae", "no/such/vae", "no/such/vae"),
-        ("text_encoder", "no/such/encoder", "no/such/encoder"),
+        ("vae", "./no/such/vae", "'./no/such/vae' is neither 'embedded' nor a local folder (looked for /"),
+        ("text_encoder", "./no/such/encoder", "'./no/such/encoder' is neither 'embedded' nor a local folder"),
+        ("vae", "sd-vae", "'sd-vae' is neither 'embedded' nor a local folder (looked for /"),
         ("dtype", "float8", "dtype is 'float8'; it can be auto, float32, bfloat16"),
         ("sample.sampler", "magic", "sampler is 'magic'"),
         ("sample.steps", "0", "sample.steps is 0; it must be 1 or more"),
@@ -50,6 +51,19 @@ def test_a_value_that_cannot_be_is_refused_before_anything_is_made(capsys, tmp_p
     code, error = fails(capsys, *tiny_flags(tmp_path / "run"), f"--config.{key}={value}")
     assert code == 2 and says in error, error
     assert not list((tmp_path / "run").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("key", "files"),
+    [("vae", "diffusion_pytorch_model.safetensors"), ("text_encoder", "vocab.json, merges.txt")],
+)
+def test_a_hub_id_without_a_network_says_how_to_go_on(capsys, tmp_path, key, files):
+    """Whatever looks like owner/name is a hub id, where no such folder is at hand."""
+    code, error = fails(capsys, *tiny_flags(tmp_path / "run"), f"--config.{key}=no/such")
+    assert code == 7 and "cannot fetch no/such@main" in error, error
+    for way_out in ("unset HF_HUB_OFFLINE", "set HF_ENDPOINT", files, "--config.vae=embedded"):
+        assert way_out in error, error
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_config_names_the_presets(capsys):

@@ -128,7 +128,7 @@ def test_an_overflow_is_no_divergence_until_the_scale_is_at_its_floor():
 
 
 def test_a_row_with_an_overflow_is_json_and_the_line_says_the_scale(tmp_path, capsys):
-    writer = Writer(tmp_path, 0, "", {})
+    writer = Writer(tmp_path, 0, "", {}, None)
     progress = Progress(writer, log_every=1, start=0, total_steps=2, batch_size=2, flops=1, peak=None)
     row = {"loss": 0.5, "learning_rate": 1e-4, "loss_scale": 65536.0}
     progress.step(1, {**row, "grad_norm": jnp.float32(BAD), "skipped": jnp.int32(1)})
