@@ -3,7 +3,8 @@
     python -m dit_jax.bench memory --config=configs/small.py [--config.key=value ...]
 
 ``memory``: for every ``model.remat``, what the backward pass keeps of the forward one, and what the compiled train step
-sets aside on each device; with the batch size, picture size and dtype of the config. It reads no data.
+sets aside on each device; with the batch size, picture size and dtype of the config. It needs neither data nor the
+weights of the encoders.
 """
 
 import argparse
@@ -29,7 +30,7 @@ def memory(spec: str, overrides: dict[str, str]) -> None:
 
     config = load_config(spec, overrides)
     mesh = make_mesh(jax.devices())
-    vae, text_encoder = build.make_vae(config), build.make_text_encoder(config)
+    vae, text_encoder = build.describe_encoders(config)
     build.resolve(config, config.batch_size, vae, text_encoder, mesh.size)
     config.latents.shift = config.latents.scale = (1.0,) * config.model.in_channels  # any: they change no shape
     side = config.data.image_size // vae.factor

@@ -74,7 +74,7 @@ class Pipeline:
         from dit_jax import build
         from dit_jax.stored import open_stored
 
-        stored = open_stored(Path(path), ema, step)
+        stored = open_stored(path, ema, step)
         encoders = stored.encoder_config()
         vae, text_encoder = build.make_vae(encoders), build.make_text_encoder(encoders)
         stored.check_encoders({"vae": vae.sha256, "text_encoder": text_encoder.sha256})

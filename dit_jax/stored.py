@@ -102,15 +102,18 @@ class Stored:
             return _read_safetensors(self.folder / SAFETENSORS, shapes)
         if (self.folder / ORBAX).is_dir():
             return restore_tree(self.folder / ORBAX, shapes)
+        checkpoints = self.folder / "checkpoints"
+        if not checkpoints.is_dir():
+            raise CheckpointError(f"no parameters in {self.folder}: there is neither {SAFETENSORS} nor {ORBAX}/")
         item = {"ema": "ema", "raw": "params"}[self.trained.parameters]
-        return restore_params(self.folder / "checkpoints", self.trained.step, item, shapes)
+        return restore_params(checkpoints, self.trained.step, item, shapes)
 
 
-def open_stored(folder: Path, parameters: str | None, step: int | None) -> Stored:
+def open_stored(path: str | Path, parameters: str | None, step: int | None) -> Stored:
     """Find a trained model in the folder of a run or an export.
 
     Args:
-      folder: the run or export.
+      path: the folder.
       parameters: ``ema`` or ``raw``; None takes what an export holds, and ``ema`` of a run.
       step: which checkpoint; None takes the newest, or the one that was exported.
 
@@ -120,6 +123,7 @@ def open_stored(folder: Path, parameters: str | None, step: int | None) -> Store
     """
     if parameters not in (None, *PARAMETERS):
         raise ConfigError(f"ema is {parameters!r}; it can be {', '.join(PARAMETERS)}")
+    folder = Path(path)
     config = read_run(folder)
     trained = _read_trained(folder / "config.json")
     if trained is None:

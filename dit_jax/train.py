@@ -34,21 +34,22 @@ from dit_jax.arrays import Array
 from dit_jax.config import take_over, to_json
 from dit_jax.data.loader import RawBatch, batches, scan
 from dit_jax.data.sources import Source
-from dit_jax.encoders import VAE, TextEncoder, TextShape, VAEShape
+from dit_jax.encoders import VAE, TextEncoder
 from dit_jax.encoders.latents import measure_scale
 from dit_jax.errors import ConfigError
 from dit_jax.models.flops import peak_flops, training_flops
 from dit_jax.runtime import writable
 from dit_jax.sample import Pipeline, make_grid, save_png
 from dit_jax.sharding import make_mesh, put_batch
-from dit_jax.stored import Trained
+from dit_jax.stored import ENCODERS, Stored, Trained, open_stored
 from dit_jax.training import encode
 from dit_jax.training.checkpoint import Checkpoints, Commit, restore_metadata
 from dit_jax.training.encode import EncodedBatch
+from dit_jax.training.init_from import transfer
 from dit_jax.training.progress import Progress, check_finite
 from dit_jax.training.state import TrainState, abstract_state, init_state
 from dit_jax.training.step import TrainStep
-from dit_jax.training.writer import Writer
+from dit_jax.training.writer import Watch, Writer
 from dit_jax.trees import count_parameters
 
 GRID = 16  # captions of the training set in a sample grid when the config names no prompts
@@ -59,12 +60,14 @@ THREADS = 8  # that read and decode pictures, in every process that does
 Batches = Callable[[int, int], Iterator[EncodedBatch]]  # (first step, last step) -> encoded batches
 
 
-def run(config: ConfigDict, workdir: Path) -> TrainState | None:
+def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainState | None:
     """Train from the config, or from where ``workdir`` stands, to ``total_steps`` or ``stop_at_step``.
 
     Args:
       config: as `dit_jax.config.load_config` returns it; its gaps are filled in place.
       workdir: the run's folder; made if it is not there.
+      watch: called with a step and its row of numbers, or its grid of samples as uint8 ``[height, width, 3]``, as soon
+        as they are written; what a notebook draws.
 
     Returns:
       The state at the end; None if there was nothing left to do.
@@ -80,11 +83,7 @@ def run(config: ConfigDict, workdir: Path) -> TrainState | None:
     mesh = make_mesh(jax.devices())
     vae, text_encoder = build.make_vae(config), build.make_text_encoder(config)
     source = build.make_source(config, "train")
-    shapes = (
-        VAEShape(vae.factor, vae.network.latent_channels),
-        TextShape(text_encoder.length, text_encoder.width, text_encoder.pooled_width),
-    )
-    notes = build.resolve(config, len(source), *shapes, mesh.size)
+    notes = build.resolve(config, len(source), vae.shape, text_encoder.shape, mesh.size)
     dtype = build.compute_dtype(config.dtype, jax.devices()[0])
     model, process = build.make_model(config, dtype), build.make_process(config)
     build.make_times(config, process)  # needed later: what cannot be is refused before anything is written
@@ -105,23 +104,25 @@ def run(config: ConfigDict, workdir: Path) -> TrainState | None:
     for note in notes:
         say(f"warning: {note}")
 
-    # ---- data, state, step
-    encoded_batches = prepare_data(config, workdir, source, vae, text_encoder)
-    with writable(workdir):
-        write_whole(workdir / "config.json", to_json(config))
+    # ---- state, data, step
     side = config.data.image_size // vae.factor
     if start:
         state = checkpoints.restore(start, abstract_state(model, optimizer, side, side, mesh))
     else:
         state = init_state(model, optimizer, jax.random.key(config.seed), side, side, mesh)
+        if config.init_from:
+            state = begin_from(open_origin(config, identity), state, vae.factor)
     scaled = " with a dynamic loss scale" if dtype == jnp.float16 else ""
     say(f"parameters: {count_parameters(state.params):,}; compute in {np.dtype(dtype).name}{scaled}")
+    encoded_batches = prepare_data(config, workdir, source, vae, text_encoder)
+    with writable(workdir):
+        write_whole(workdir / "config.json", to_json(config))
     step_function = build.make_step(config, model, process, optimizer, learning_rate)
 
     # ---- the loop
     with (
         closing(checkpoints),
-        closing(Writer(workdir, start, config.wandb_project, config.to_dict())) as writer,
+        closing(Writer(workdir, start, config.wandb_project, config.to_dict(), watch)) as writer,
         closing(make_progress(config, writer, start, training_flops(model, side, side), mesh)) as progress,
     ):
         pipeline = Pipeline(config, vae, text_encoder, state.ema, Trained(start, "ema", **identity))
@@ -204,6 +205,46 @@ def refuse_another(saved: dict[str, str], found: dict[str, str]) -> None:
             f"the run was begun with another {' and '.join(changed)} (compared by hash);"
             " name its own again or put the files back, or begin a new run in another --workdir"
         )
+
+
+def open_origin(config: ConfigDict, identity: dict[str, str]) -> Stored:
+    """The model whose parameters a new run begins with; its scale of latents goes with them.
+
+    Raises:
+      CheckpointError: there is none.
+      ConfigError: it was trained with other encoders.
+    """
+    origin = open_stored(config.init_from, None, None)
+    other = [name for name in ENCODERS if getattr(origin.trained, name) != identity[name]]
+    if other:
+        named = ", ".join(f"{name} {origin.config[name]}" for name in other)
+        raise ConfigError(
+            f"init_from={config.init_from} was trained with another {' and '.join(other)} (its own: {named}); its"
+            " parameters mean nothing to these latents and states"
+        )
+    for key in ("schedule", "shift", "prediction"):
+        if origin.config.diffusion[key] != config.diffusion[key]:
+            theirs, ours = origin.config.diffusion[key], config.diffusion[key]
+            say(f"warning: init_from was trained with diffusion.{key} {theirs}, this run has {ours}")
+    if not config.latents.scale:
+        config.latents.shift, config.latents.scale = origin.config.latents.shift, origin.config.latents.scale
+    return origin
+
+
+def begin_from(origin: Stored, state: TrainState, factor: int) -> TrainState:
+    """A fresh state with the parameters of another model where they fit, and a word on every one that does not."""
+    found = transfer(origin.restore(factor), state.params)
+    trained = origin.trained
+    say(
+        f"init_from: {origin.folder}, {trained.parameters} parameters of step {trained.step}:"
+        f" {len(found.taken)} of {len(jax.tree.leaves(state.params))} taken over"
+    )
+    for kind in ("resampled", "new", "dropped", "misshapen"):
+        for name in getattr(found, kind):
+            say(f"init_from: {kind}: {name}")
+    if not found.taken:
+        raise ConfigError(f"nothing of init_from={origin.folder} fits this model")
+    return dataclasses.replace(state, params=found.params, ema=jax.tree.map(jnp.copy, found.params))
 
 
 def banner(

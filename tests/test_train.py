@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import subprocess
 import sys
 import weakref
@@ -16,7 +17,8 @@ from PIL import Image
 from dit_jax import build, train
 from dit_jax.config import load_config
 from dit_jax.data.sources import Record
-from dit_jax.errors import ConfigError, DivergedError
+from dit_jax.encoders.places import ASSETS
+from dit_jax.errors import CheckpointError, ConfigError, DivergedError
 from dit_jax.trees import named_leaves
 from tests.tiny_run import tiny_config, tiny_flags, train_tiny
 
@@ -186,3 +188,35 @@ def test_the_step_runs_on_two_devices_with_the_batch_split(tmp_path, capsys):
     assert jax.device_count() == 2
     train_tiny(tmp_path, stop_at_step="1", sample_every="0")
     assert "mesh {'data': 2}" in capsys.readouterr().out
+
+
+def test_a_run_begins_with_the_averaged_parameters_of_another(tiny_run, tmp_path, capsys):
+    run = train_tiny(tmp_path, init_from=str(tiny_run), total_steps="1", learning_rate="0", ema_decay="0.5")
+    out = capsys.readouterr().out
+    begun, theirs = leaves(run, 1), leaves(tiny_run, 20)
+    averaged = [name for name in theirs if name.startswith("ema/")]
+    told = f"init_from: {tiny_run}, ema parameters of step 20: {len(averaged)} of {len(averaged)} taken over"
+    assert told in out and "init_from: new" not in out
+    for name in averaged:
+        np.testing.assert_array_equal(begun[name.replace("ema/", "params/")], theirs[name], err_msg=name)
+        np.testing.assert_array_equal(begun[name], theirs[name], err_msg=name)
+    assert begun["optimizer/step"] == 1
+    config = json.loads((run / "config.json").read_text())
+    assert config["latents"] == json.loads((tiny_run / "config.json").read_text())["latents"]
+
+
+def test_a_run_of_another_size_begins_with_what_fits_and_names_the_rest(tiny_run, tmp_path, capsys):
+    change = {"model__num_layers": "2", "data__image_size": "32", "data__num_pictures": "8"}
+    train_tiny(tmp_path, init_from=str(tiny_run), total_steps="1", **change)
+    out = capsys.readouterr().out
+    assert "init_from: resampled: pos_embed/table" in out and "init_from: new: blocks_1/mlp/fc_in/kernel" in out
+
+
+def test_a_run_does_not_begin_with_parameters_for_other_encoders(tiny_run, tmp_path):
+    vae = Path(shutil.copytree(ASSETS / "tiny_vae", tmp_path / "vae"))
+    config = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps(config | {"_name_or_path": "mine"}))
+    with pytest.raises(ConfigError, match="was trained with another vae .its own: vae embedded"):
+        train_tiny(tmp_path / "new", init_from=str(tiny_run), vae=str(vae))
+    with pytest.raises(CheckpointError, match="no run in nowhere"):
+        train_tiny(tmp_path / "newer", init_from="nowhere")

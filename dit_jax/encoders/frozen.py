@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from dit_jax.arrays import Array, TextStates
 from dit_jax.encoders import networks, places, tiles, weights
 from dit_jax.encoders.clip import CLIPTextModel
+from dit_jax.encoders.describe import TextShape, VAEShape
 from dit_jax.encoders.joined import JoinedTextModel
 from dit_jax.encoders.latents import LatentScale
 from dit_jax.encoders.taesd import AutoencoderTiny
@@ -42,6 +43,7 @@ class VAE:
       params: its parameters, float32.
       factor: f, pixels per latent along a side.
       latent_scale: the map between raw and model latents that came with it.
+      shape: what a model must know of it.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class VAE:
         self.network, self.params = network, params
         self.factor = network.factor
         self.latent_scale = latent_scale
+        self.shape = VAEShape(network.factor, network.latent_channels)
         self._encode = jax.jit(lambda params, x: network.apply({"params": params}, x, method="encode"))
         self._decode = jax.jit(
             lambda params, x: jnp.clip(network.apply({"params": params}, x, method="decode"), -1.0, 1.0)
@@ -126,6 +129,7 @@ class TextEncoder:
       length: S.
       width: E.
       pooled_width: P.
+      shape: what a model must know of it.
     """
 
     def __init__(
@@ -146,6 +150,7 @@ class TextEncoder:
         self.length = network.length
         self.width = network.width
         self.pooled_width = network.pooled_width
+        self.shape = TextShape(network.length, network.width, network.pooled_width)
         self._encode = jax.jit(lambda params, ids, mask: network.apply({"params": params}, ids, mask))
 
     def copy_to(self, folder: Path) -> None:

@@ -9,8 +9,13 @@ import json
 import math
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+Watch = Callable[[int, dict[str, float] | np.ndarray], None]
 
 
 def truncate_rows(path: Path, last_step: int) -> None:
@@ -38,15 +43,17 @@ class Writer:
       step: the step that the run starts from; later rows of an earlier life are cut off.
       wandb_project: "" for none. Needs the extra ``wandb``. The file ``wandb_id`` says which of its runs this is.
       config: the resolved config, shown by Weights & Biases.
+      watch: is given every step's row and every picture, as they come; None for nobody.
     """
 
-    def __init__(self, workdir: Path, step: int, wandb_project: str, config: dict[str, Any]):
+    def __init__(self, workdir: Path, step: int, wandb_project: str, config: dict[str, Any], watch: Watch | None):
         from tensorboardX import SummaryWriter
 
         for name in ("metrics.jsonl", "timing.jsonl"):
             truncate_rows(workdir / name, step)
         self._metrics, self._timing = workdir / "metrics.jsonl", workdir / "timing.jsonl"
         self._tensorboard = SummaryWriter(str(workdir / "tb"), purge_step=step + 1)
+        self._watch = watch
         self._wandb = None
         if wandb_project:
             import wandb
@@ -61,14 +68,18 @@ class Writer:
     def metrics(self, step: int, row: dict[str, float]) -> None:
         """Numbers that the same config gives again at the same step."""
         self._write(self._metrics, step, row)
+        if self._watch is not None:
+            self._watch(step, row)
 
     def timing(self, step: int, row: dict[str, float]) -> None:
         """Speeds, waits and memory: they differ from run to run."""
         self._write(self._timing, step, row)
 
-    def image(self, step: int, name: str, image: Any) -> None:
-        """A picture, uint8 ``[height, width, 3]``, for TensorBoard."""
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """A picture, uint8 ``[height, width, 3]``, for TensorBoard and whoever watches."""
         self._tensorboard.add_image(name, image, step, dataformats="HWC")
+        if self._watch is not None:
+            self._watch(step, image)
 
     def _write(self, path: Path, step: int, row: dict[str, float]) -> None:
         finite = {name: value for name, value in row.items() if math.isfinite(value)}

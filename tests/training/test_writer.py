@@ -4,6 +4,7 @@ import json
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from dit_jax.errors import DivergedError
@@ -26,7 +27,7 @@ def test_rows_past_the_restored_step_and_torn_lines_are_cut(tmp_path):
 
 def test_a_writer_goes_on_where_the_run_was_restored(tmp_path):
     for start, values in ((0, {1: 3.0, 2: 2.0, 3: 1.0}), (2, {3: 1.0, 4: 0.5})):
-        writer = Writer(tmp_path, start, "", {"seed": 0})
+        writer = Writer(tmp_path, start, "", {"seed": 0}, None)
         for step, loss in values.items():
             writer.metrics(step, {"loss": loss})
         writer.close()
@@ -35,17 +36,28 @@ def test_a_writer_goes_on_where_the_run_was_restored(tmp_path):
     ]
 
 
+def test_who_watches_sees_rows_and_pictures_as_they_are_written(tmp_path):
+    seen = []
+    writer = Writer(tmp_path, 0, "", {"seed": 0}, lambda step, found: seen.append((step, found)))
+    picture = np.zeros((4, 4, 3), np.uint8)
+    writer.metrics(1, {"loss": 2.0})
+    writer.timing(1, {"seconds": 3.0})
+    writer.image(2, "samples", picture)
+    assert seen == [(1, {"loss": 2.0}), (2, picture)]
+    writer.close()
+
+
 def test_a_new_run_is_a_new_run_at_weights_and_biases_and_a_resumed_one_goes_on(tmp_path, monkeypatch):
     ids = []
     stand_in = SimpleNamespace(init=lambda **flags: ids.append(flags["id"]) or SimpleNamespace(finish=lambda: None))
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     for step in (0, 5, 0):  # a run, the same resumed, and another in the same folder, begun anew
-        Writer(tmp_path, step, "project", {"seed": 0}).close()
+        Writer(tmp_path, step, "project", {"seed": 0}, None).close()
     assert ids[0] == ids[1] != ids[2]
 
 
 def test_progress_writes_step_1_the_multiples_and_the_last(tmp_path, capsys):
-    writer = Writer(tmp_path, 0, "", {"seed": 0})
+    writer = Writer(tmp_path, 0, "", {"seed": 0}, None)
     progress = Progress(writer, log_every=4, start=0, total_steps=10, batch_size=2, flops=100, peak=1e6)
     for step in range(1, 11):
         with progress.waiting():

@@ -1,0 +1,87 @@
+"""Takes a trained model out of its run: one folder with the parameters and all that is needed to draw with them.
+
+    python -m dit_jax.export --model=runs/quickstart [--format=orbax] [--dtype=bfloat16] [--output=DIR]
+    python -m dit_jax.sample --model=exports/quickstart --prompt="a small red circle"
+
+Optimizer, logs and the other set of parameters stay behind. Encoders that come from the hub are named, with their
+hashes; those from elsewhere, the embedded ones among them, are copied in, so that the folder can be moved anywhere.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dit_jax.errors import ConfigError
+from dit_jax.runtime import add_flags, run_program, set_up, writable
+from dit_jax.sample import Pipeline
+from dit_jax.stored import FORMATS, write_stored
+
+DTYPES = ("float32", "bfloat16")
+
+
+def export(pipeline: Pipeline, output: Path, form: str, dtype: str, copy_encoders: bool) -> None:
+    """Write a model as a folder of its own, which appears whole or not at all.
+
+    Args:
+      pipeline: the model.
+      output: the folder; must not be there yet, or be empty.
+      form: ``safetensors``, or ``orbax``, which restores on any number and kind of devices.
+      dtype: ``float32`` or ``bfloat16``, of the parameters on disk.
+      copy_encoders: copy the encoders that come from the hub too.
+
+    Raises:
+      ConfigError: ``output`` holds something.
+      WorkdirError: ``output`` cannot be written to.
+    """
+    from dit_jax.encoders import places
+
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"{output} holds something already; give another --output, or remove it")
+    growing = output.parent / f".{output.name}.{os.getpid()}"
+    try:
+        with writable(output):
+            growing.mkdir(parents=True)
+            write_stored(growing, pipeline.config, pipeline.trained, pipeline.params, form, dtype)
+            for name, copy_to in (("vae", pipeline.vae.copy_to), ("text_encoder", pipeline.text_encoder.copy_to)):
+                if copy_encoders or not places.is_hub_id(pipeline.config[name]):
+                    copy_to(growing / name)
+            growing.replace(output)
+    finally:
+        shutil.rmtree(growing, ignore_errors=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program's flags."""
+    parser = argparse.ArgumentParser(prog="python -m dit_jax.export", description="Export a trained model.")
+    parser.add_argument("--model", "--workdir", required=True, help="folder of a run or an export")
+    parser.add_argument("--output", type=Path, help="the folder to make; default: exports/<name of the model>")
+    parser.add_argument("--format", choices=FORMATS, default="safetensors", help="orbax restores on any topology")
+    parser.add_argument("--ema", choices=("ema", "raw"), help="averaged (default) or last parameters")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the parameters on disk")
+    parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+    parser.add_argument("--copy_encoders", action="store_true", help="copy encoders that come from the hub too")
+    add_flags(parser)
+    args = parser.parse_args(argv)
+    run_program(lambda: _export(args), args.traceback, "JAX_PLATFORMS=cpu exports it in the host's memory")
+
+
+def _export(args: argparse.Namespace) -> None:
+    set_up(args.allow_cpu, args.verbose)
+    pipeline = Pipeline.load(args.model, args.ema, args.step)
+    output = args.output or Path("exports") / Path(args.model).resolve().name
+    export(pipeline, output, args.format, args.dtype, args.copy_encoders)
+    trained = pipeline.trained
+    print(f"{args.model}: step {trained.step}, {trained.parameters} parameters in {args.dtype}")
+    for path in sorted(output.iterdir()):
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        print(f"{path}  {sum(file.stat().st_size for file in files) / 2**20:.2f} MiB")
+    for name in ("vae", "text_encoder"):
+        if not (output / name).is_dir():
+            print(f"{name} is not in it: {pipeline.config[name]}, sha256 {getattr(trained, name)[:12]}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
