@@ -119,7 +119,9 @@ METRICS: dict[str, Callable[[Pipeline, bool], tuple[Scores, Image.Image, str]]] 
 def main(argv: Sequence[str] | None = None) -> None:
     """The program's flags."""
     parser = argparse.ArgumentParser(prog="python -m dit_jax.evaluate", description="Score a trained model.")
-    parser.add_argument("--model", "--workdir", type=Path, required=True, help="folder of a run or an export")
+    parser.add_argument(
+        "--model", "--workdir", type=Path, required=True, help="folder of a run or an export, or an export's hub id"
+    )
     parser.add_argument("--metric", choices=METRICS, default="shapes")
     parser.add_argument("--full", action="store_true", help=f"shapes: {FULL} prompts of each class, not {QUICK}")
     parser.add_argument("--ema", choices=("ema", "raw"), help="averaged (default) or last parameters")

@@ -56,7 +56,9 @@ def export(pipeline: Pipeline, output: Path, form: str, dtype: str, copy_encoder
 def main(argv: Sequence[str] | None = None) -> None:
     """The program's flags."""
     parser = argparse.ArgumentParser(prog="python -m dit_jax.export", description="Export a trained model.")
-    parser.add_argument("--model", "--workdir", required=True, help="folder of a run or an export")
+    parser.add_argument(
+        "--model", "--workdir", required=True, help="folder of a run or an export, or an export's hub id"
+    )
     parser.add_argument("--output", type=Path, help="the folder to make; default: exports/<name of the model>")
     parser.add_argument("--format", choices=FORMATS, default="safetensors", help="orbax restores on any topology")
     parser.add_argument("--ema", choices=("ema", "raw"), help="averaged (default) or last parameters")

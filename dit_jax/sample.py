@@ -62,7 +62,7 @@ class Pipeline:
         """Load a trained model.
 
         Args:
-          path: the folder of a run or an export.
+          path: the folder of a run or an export, or the hub id of an export.
           ema: ``ema`` for the averaged parameters, ``raw`` for the last ones; None takes what an export holds, and the
             averaged ones of a run.
           step: which checkpoint of a run; None takes the newest.
@@ -244,7 +244,9 @@ def save_png(image: Image.Image, path: Path, info: dict[str, str]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The program's flags."""
     parser = argparse.ArgumentParser(prog="python -m dit_jax.sample", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", "--workdir", required=True, help="folder of a run or an export")
+    parser.add_argument(
+        "--model", "--workdir", required=True, help="folder of a run or an export, or an export's hub id"
+    )
     parser.add_argument("--prompt", action="append", default=[], help="may be given more than once")
     parser.add_argument("--prompts_file", type=Path, help="one prompt a line")
     parser.add_argument("--num_images", type=int, default=1, help="per prompt")

@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 
 from dit_jax import build
 from dit_jax.config import TRAINED, read_run
+from dit_jax.encoders import places
 from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.sharding import make_mesh, replicated, with_sharding
 from dit_jax.training.checkpoint import find_step, restore_metadata, restore_params, restore_tree, save_tree
@@ -34,6 +35,7 @@ FORMATS = ("safetensors", "orbax")
 PARAMETERS = ("ema", "raw")
 SAFETENSORS, ORBAX = "model.safetensors", "orbax"
 ENCODERS = ("vae", "text_encoder")
+OWN_FOLDERS = ("runs", "exports")  # where programs write unless told otherwise: no owners on a hub
 
 
 @dataclass(frozen=True)
@@ -113,17 +115,22 @@ def open_stored(path: str | Path, parameters: str | None, step: int | None) -> S
     """Find a trained model in the folder of a run or an export.
 
     Args:
-      path: the folder.
+      path: the folder, or the hub id of an export.
       parameters: ``ema`` or ``raw``; None takes what an export holds, and ``ema`` of a run.
       step: which checkpoint; None takes the newest, or the one that was exported.
 
     Raises:
       CheckpointError: there is none, not this one, or what it says of itself is damaged.
       ConfigError: ``parameters`` is neither.
+      FetchError: it is not to be had from the hub.
     """
     if parameters not in (None, *PARAMETERS):
         raise ConfigError(f"ema is {parameters!r}; it can be {', '.join(PARAMETERS)}")
     folder = Path(path)
+    if places.is_hub_id(path) and folder.parts[0] not in OWN_FOLDERS:
+        from dit_jax.encoders import hub  # its library takes a second to import
+
+        folder = hub.fetch(str(path), "model")
     config = read_run(folder)
     trained = _read_trained(folder / "config.json")
     if trained is None:

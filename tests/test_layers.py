@@ -31,7 +31,7 @@ MAY_IMPORT = {
     **{room: LEAVES | LIBRARIES for room in ROOMS},
     "config": LEAVES,  # knows of no object that is made from it
     "build": LEAVES | LIBRARIES | ROOMS,
-    "stored": LEAVES | ROOMS | {"config", "build"},  # trained models on disk
+    "stored": LEAVES | ROOMS | {"encoders", "config", "build"},  # trained models on disk
     "runtime": LEAVES,  # how programs start and end
     **{program: BELOW_PROGRAMS | {"sample"} for program in PROGRAMS},
     "train": BELOW_PROGRAMS | {"sample", "evaluate"},

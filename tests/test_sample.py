@@ -100,6 +100,7 @@ def test_a_prompt_of_200_words_draws_with_a_warning_or_is_an_error(tiny_run, tmp
     ("flags", "code", "says"),
     [
         (["--prompt=x", "--model=nowhere"], 5, "no run in nowhere"),
+        (["--prompt=x", "--model=runs/mistyped"], 5, "no run in runs/mistyped"),
         ([], 2, "nothing to draw"),
         (["--prompts_file=none.txt"], 2, "no prompts file none.txt"),
         (["--prompt=x", "--steps=0"], 2, "steps is 0"),

@@ -1,4 +1,4 @@
-"""Encoders from a hub: ``owner/name[/subfolder][@revision]`` in, a folder of the local cache out.
+"""Encoders and exported models from a hub: ``owner/name[/subfolder][@revision]`` in, a folder of the local cache out.
 
     listing of the repository -> choose (one weight set, its config, its tokenizer) -> fetch -> check -> folder
 
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -35,8 +35,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import repo_folder_name
 from jax.experimental import multihost_utils
 
-from dit_jax.encoders import networks, weights
-from dit_jax.encoders.places import HUB_ID, Kind
+from dit_jax.encoders import networks, places, weights
+from dit_jax.encoders.places import HUB_ID
 from dit_jax.encoders.tokenizer import FILES
 from dit_jax.errors import FetchError
 
@@ -55,6 +55,9 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SHARD = re.compile(r"-\d+-of-\d+\.")
+
+Kind = places.Kind | Literal["model"]  # model: an exported one, with the encoders that lie in it
+EXPORTED = re.compile(r"config\.json|model\.safetensors|(vae|text_encoder)/.+\.(json|txt|safetensors|msgpack)")
 
 T = TypeVar("T")
 Open = Callable[[str], Path]  # the local file of a name in the repository
@@ -96,7 +99,7 @@ def parse(spec: str) -> HubId:
 
 
 def fetch(spec: str, kind: Kind) -> Path:
-    """The local folder of an encoder on the hub, fetched where it is not in the cache yet.
+    """The local folder of an encoder or exported model on the hub, fetched where it is not in the cache yet.
 
     One process fetches; the others wait, then take the same commit from a shared cache or fetch it themselves.
 
@@ -117,7 +120,7 @@ def fetch(spec: str, kind: Kind) -> Path:
 
 
 def choose(names: set[str], open_file: Open, base: str, kind: Kind) -> list[str]:
-    """Of all names of a repository, those that an encoder is read from, the small ones first.
+    """Of all names of a repository, those that an encoder or exported model is read from, the small ones first.
 
     Args:
       names: relative to the repository's top.
@@ -129,6 +132,8 @@ def choose(names: set[str], open_file: Open, base: str, kind: Kind) -> list[str]
       _NotWhole: a needed file is not among them, or only pickles are.
       ValueError: an index is damaged.
     """
+    if kind == "model":
+        return _export_files(names, base)
     small, large = [], []
     for folder in _network_folders(names, open_file, base, kind):
         config = _join(folder, "config.json")
@@ -144,7 +149,16 @@ def choose(names: set[str], open_file: Open, base: str, kind: Kind) -> list[str]
     return small + large
 
 
-def _network_folders(names: set[str], open_file: Open, base: str, kind: Kind) -> list[str]:
+def _export_files(names: set[str], base: str) -> list[str]:
+    """The files of an exported model; the encoders that it only names are fetched by their own ids."""
+    for needed in ("config.json", "model.safetensors"):
+        if _join(base, needed) not in names:
+            raise _NotWhole(f"there is no {_join(base, needed)}: it is no exported model")
+    start = len(_join(base, ""))
+    return sorted(name for name in names if name.startswith(_join(base, "")) and EXPORTED.fullmatch(name[start:]))
+
+
+def _network_folders(names: set[str], open_file: Open, base: str, kind: places.Kind) -> list[str]:
     """The folders of one encoder below ``base``, by the rule of `places.find`."""
     first = _join(base, kind)
     if not any(name.startswith(f"{first}/") for name in names):
@@ -260,6 +274,8 @@ def _by_hand(hub_id: HubId, kind: Kind) -> str:
     def page(folder: str) -> str:
         return f"{constants.ENDPOINT}/{hub_id.repo}/tree/{hub_id.revision}/{folder}".rstrip("/")
 
+    if kind == "model":
+        return f"all files of {page(hub_id.subfolder)}"
     network = page(hub_id.subfolder) + ("" if hub_id.subfolder else " (of a pipeline: with its subfolders)")
     if kind == "vae":
         return f"config.json and diffusion_pytorch_model.safetensors of {network}"

@@ -69,8 +69,9 @@ def folders_of(root: Path, kind: Kind) -> list[Path]:
 
 
 def is_hub_id(path: str | Path) -> bool:
-    """Whether a name has the form of a hub id and is no folder here."""
-    return not Path(path).expanduser().exists() and bool(HUB_ID.fullmatch(str(path)))
+    """Whether a name has the form of a hub id and neither it nor its first part is a folder here."""
+    owner = str(path).partition("/")[0]
+    return bool(HUB_ID.fullmatch(str(path))) and not Path(owner).exists()
 
 
 def _local(path: str | Path, kind: Kind) -> Path:

@@ -488,6 +488,22 @@ def environment(served: Hub, home: Path, **more: str) -> dict[str, str]:
     return {**os.environ, **hub_settings, **more}
 
 
+def test_an_exported_model_of_the_hub_draws_what_its_folder_draws(tiny_run, served, online, tmp_path):
+    from dit_jax.export import export
+    from dit_jax.sample import Pipeline
+
+    pipe = Pipeline.load(tiny_run)
+    export(pipe, tmp_path / "export", "safetensors", "float32", copy_encoders=False)
+    files = {path.relative_to(tmp_path / "export").as_posix(): path for path in (tmp_path / "export").rglob("*.*")}
+    beside = {"README.md": b"a page", "optimizer.bin": b"pickle", "vae/other.bin": b"pickle"}
+    served.repos["lab/model"] = {name: path.read_bytes() for name, path in files.items()} | beside
+    again = Pipeline.load("lab/model")
+    assert sorted(served.bodies()) == sorted(files)
+    assert again.trained == pipe.trained
+    np.testing.assert_array_equal(again.draw(["a red circle"], [0]), pipe.draw(["a red circle"], [0]))
+    assert "there is no model.safetensors: it is no exported model" in refusal("lab/vae", "model")
+
+
 def test_a_program_ends_in_one_line_with_code_7(served, tmp_path):
     flags = tiny_flags(tmp_path / "run", vae="lab/vae")
     command = [sys.executable, "-m", "dit_jax.main", *flags]

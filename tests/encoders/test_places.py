@@ -91,3 +91,12 @@ def test_a_damaged_config_of_a_run_is_named(tmp_path: Path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=f"{tmp_path / 'config.json'} is damaged: "):
         places.find(tmp_path, "vae")
+
+
+def test_a_name_below_a_folder_that_is_here_is_not_looked_for_on_a_hub(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert places.is_hub_id("weights/vae")
+    (tmp_path / "weights").mkdir()
+    assert not places.is_hub_id("weights/vae")
+    with pytest.raises(FileNotFoundError, match="'weights/vae' is neither 'embedded' nor a local folder"):
+        places.find("weights/vae", "vae")
