@@ -46,7 +46,7 @@ from dit_jax.training import encode
 from dit_jax.training.checkpoint import Checkpoints, Commit, restore_metadata
 from dit_jax.training.encode import EncodedBatch
 from dit_jax.training.init_from import transfer
-from dit_jax.training.progress import Progress, check_finite
+from dit_jax.training.progress import Progress, check_finite, count_pictures
 from dit_jax.training.state import TrainState, abstract_state, init_state
 from dit_jax.training.step import TrainStep
 from dit_jax.training.writer import Watch, Writer
@@ -54,6 +54,7 @@ from dit_jax.trees import count_parameters
 
 GRID = 16  # captions of the training set in a sample grid when the config names no prompts
 CHUNK = 256  # records encoded at a time
+SAY_EVERY = 30.0  # seconds between two lines on how far the encoding is
 MEASURED = 2048  # records whose latents are measured
 THREADS = 8  # that read and decode pictures, in every process that does
 
@@ -291,7 +292,8 @@ def prepare_data(config: ConfigDict, workdir: Path, source: Source, vae: VAE, te
         begin = time.monotonic()
         say(f"encoding {len(source):,} pictures ...")
         chunks = scan(source, tokenize, bad_records, CHUNK, config.seed, data.image_size, THREADS, data.workers)
-        encoded = encode.encode_once(chunks, vae, text_encoder, samples.flip, config.seed)
+        told = count_pictures(chunks, len(source), SAY_EVERY)
+        encoded = encode.encode_once(told, vae, text_encoder, samples.flip, config.seed)
         mirrored = " and their mirror images" if samples.flip else ""
         say(f"encoded {len(source):,} pictures{mirrored} in {time.monotonic() - begin:.0f} s")
 

@@ -2,13 +2,14 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+from dit_jax.data.loader import RawBatch
 from dit_jax.errors import DivergedError
 from dit_jax.training.loss_scale import FLOOR
 from dit_jax.training.writer import Writer
@@ -117,6 +118,20 @@ class Progress:
     def close(self) -> None:
         self.flush()
         self._bar.close()
+
+
+def count_pictures(chunks: Iterable[RawBatch], total: int, every: float) -> Iterator[RawBatch]:
+    """The same raw batches; says how many pictures were taken on, and when the rest will be, every so many seconds."""
+    begin = said = time.monotonic()
+    done = 0
+    for chunk in chunks:
+        yield chunk
+        done += len(chunk["ids"])
+        now = time.monotonic()
+        if done < total and now - said >= every:
+            said = now
+            left = (now - begin) / done * (total - done)
+            print(f"encoded {done:,} of {total:,} pictures, {duration(left)} left", flush=True)
 
 
 def check_finite(step: int, metrics: Mapping[str, float | jax.Array]) -> None:

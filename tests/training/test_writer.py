@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dit_jax.errors import DivergedError
-from dit_jax.training.progress import Progress, check_finite, duration
+from dit_jax.training.progress import Progress, check_finite, count_pictures, duration
 from dit_jax.training.writer import Writer, truncate_rows
 
 
@@ -86,3 +86,12 @@ def test_a_loss_that_is_not_finite_is_an_error():
 
 def test_durations_are_readable():
     assert [duration(s) for s in (7, 245, 11520)] == ["7s", "4m05s", "3h12m"]
+
+
+def test_the_encoding_of_a_source_says_how_far_it_is_and_passes_all_on(capsys):
+    chunks = [{"ids": np.zeros((size, 4), np.int32)} for size in (4, 4, 2)]
+    assert list(count_pictures(chunks, 10, every=0.0)) == chunks
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(", ")[0] for line in lines] == [f"encoded {done} of 10 pictures" for done in (4, 8)]
+    list(count_pictures(chunks, 10, every=60.0))
+    assert not capsys.readouterr().out
