@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
     # ---- frozen encoders: embedded, a folder in the published layout, or a hub id owner/name[/subfolder][@revision]
     c.vae = "embedded"
     c.text_encoder = "embedded"
+    c.preview_vae = ""  # decodes the samples of a run in place of vae: a TAESD is much faster; "": vae itself
     c.latents = ConfigDict()
     c.latents.normalize = "vae"  # vae: the VAE's own scale and shift | measured: per channel, on 2,048 records
     c.latents.shift = ()  # one number per channel, found at start; model latents = (raw - shift) * scale

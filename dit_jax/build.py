@@ -173,6 +173,23 @@ def make_vae(config: ConfigDict) -> "VAE":
         return load_vae(config.vae)
 
 
+def make_preview_vae(config: ConfigDict, vae: "VAE") -> "VAE":
+    """What decodes the sample grids of a run: `preview_vae`, or the VAE itself where none is named.
+
+    Raises:
+      ConfigError: it is not for latents of this shape.
+    """
+    from dit_jax.encoders import load_vae
+
+    if not config.preview_vae:
+        return vae
+    with config_errors("preview_vae"):
+        preview = load_vae(config.preview_vae)
+    if preview.shape != vae.shape:
+        raise ConfigError(f"preview_vae {preview.name} has {preview.shape}, but {vae.name} has {vae.shape}")
+    return preview
+
+
 def make_text_encoder(config: ConfigDict) -> "TextEncoder":
     """The frozen text encoder."""
     from dit_jax.encoders import load_text_encoder

@@ -35,6 +35,7 @@ CHANGEABLE = (
     # where things lie; what they hold is compared by hash
     "vae",
     "text_encoder",
+    "preview_vae",
     "data.source",
     "data.workers",
     "sample.sampler",

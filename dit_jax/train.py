@@ -83,6 +83,7 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
     # ---- what there is
     mesh = make_mesh(jax.devices())
     vae, text_encoder = build.make_vae(config), build.make_text_encoder(config)
+    preview = build.make_preview_vae(config, vae)
     source = build.make_source(config, "train")
     notes = build.resolve(config, len(source), vae.shape, text_encoder.shape, mesh.size)
     dtype = build.compute_dtype(config.dtype, jax.devices()[0])
@@ -115,7 +116,7 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
             state = begin_from(open_origin(config, identity), state, vae.factor)
     scaled = " with a dynamic loss scale" if dtype == jnp.float16 else ""
     say(f"parameters: {count_parameters(state.params):,}; compute in {np.dtype(dtype).name}{scaled}")
-    encoded_batches = prepare_data(config, workdir, source, vae, text_encoder)
+    encoded_batches = prepare_data(config, workdir, source, vae, preview, text_encoder)
     with writable(workdir):
         write_whole(workdir / "config.json", to_json(config))
     step_function = build.make_step(config, model, process, optimizer, learning_rate)
@@ -126,7 +127,7 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
         closing(Writer(workdir, start, config.wandb_project, config.to_dict(), watch)) as writer,
         closing(make_progress(config, writer, start, training_flops(model, side, side), mesh)) as progress,
     ):
-        pipeline = Pipeline(config, vae, text_encoder, state.ema, Trained(start, "ema", **identity))
+        pipeline = Pipeline(config, preview, text_encoder, state.ema, Trained(start, "ema", **identity))
         prompts = config.sample.prompts or tuple(itertools.islice(source.captions(), GRID))
         draw = functools.partial(draw_samples, pipeline, prompts, workdir / "samples", writer)
         coming = map(functools.partial(put_batch, mesh=mesh), encoded_batches(start, stop))
@@ -269,7 +270,9 @@ def git_commit() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "no git"
 
 
-def prepare_data(config: ConfigDict, workdir: Path, source: Source, vae: VAE, text_encoder: TextEncoder) -> Batches:
+def prepare_data(
+    config: ConfigDict, workdir: Path, source: Source, vae: VAE, preview: VAE, text_encoder: TextEncoder
+) -> Batches:
     """Encode the source, or get ready to at every step; fill ``config.latents``; look at the first pictures."""
     data = config.data
     samples, bad_records = build.make_samples(config, source, workdir / "bad_records.jsonl")
@@ -307,11 +310,13 @@ def prepare_data(config: ConfigDict, workdir: Path, source: Source, vae: VAE, te
 
     if not config.latents.scale:
         fill_latents(config, vae, encoded_batches, len(source))
-    check = encode.check_start(first, vae, build.make_latents(config))
+    check = encode.check_start(first, vae, preview, build.make_latents(config))
     say(
         f"start check: VAE round trip {check.psnr:.1f} dB, latents mean {check.latent_mean:.2f}"
         f" std {check.latent_std:.2f}, {check.tokens:.1f} tokens a caption"
     )
+    if preview is not vae:
+        say(f"start check: {preview.name} decodes them for the samples of the run, {check.preview_psnr:.1f} dB")
     for warning in check.warnings():
         say(f"warning: {warning}")
     if long_captions:

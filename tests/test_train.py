@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from dit_jax import build, train
 from dit_jax.config import load_config
@@ -21,6 +22,8 @@ from dit_jax.encoders.places import ASSETS
 from dit_jax.errors import CheckpointError, ConfigError, DivergedError
 from dit_jax.trees import named_leaves
 from tests.tiny_run import tiny_config, tiny_flags, train_tiny
+
+GOLDEN = Path(__file__).parent / "encoders" / "golden"
 
 
 def leaves(workdir: Path, step: int) -> dict[str, np.ndarray]:
@@ -32,11 +35,15 @@ def leaves(workdir: Path, step: int) -> dict[str, np.ndarray]:
     return found
 
 
-def assert_same_run(a: Path, b: Path, step: int) -> None:
+def assert_same_parameters(a: Path, b: Path, step: int) -> None:
     ours, theirs = leaves(a, step), leaves(b, step)
     assert ours.keys() == theirs.keys() and len(ours) > 50
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def assert_same_run(a: Path, b: Path, step: int) -> None:
+    assert_same_parameters(a, b, step)
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
 
 
@@ -220,3 +227,23 @@ def test_a_run_does_not_begin_with_parameters_for_other_encoders(tiny_run, tmp_p
         train_tiny(tmp_path / "new", init_from=str(tiny_run), vae=str(vae))
     with pytest.raises(CheckpointError, match="no run in nowhere"):
         train_tiny(tmp_path / "newer", init_from="nowhere")
+
+
+def test_samples_of_a_run_may_be_decoded_by_another_vae(tiny_run, tmp_path, capsys):
+    preview = Path(shutil.copytree(ASSETS / "tiny_vae", tmp_path / "preview"))
+    (weights,) = preview.glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["decoder.conv_out.bias"] = tensors["decoder.conv_out.bias"] - np.float16(0.5)
+    save_file(tensors, weights)
+    run = train_tiny(tmp_path / "run", preview_vae=str(preview))
+    assert f"start check: {preview} decodes them for the samples of the run, " in capsys.readouterr().out
+    assert_same_parameters(tiny_run, run, 20)
+    means = []
+    for workdir in (tiny_run, run):
+        with Image.open(workdir / "samples" / "00000020.png") as grid:
+            means.append(np.asarray(grid, np.float32).mean())
+    assert means[0] - means[1] > 30  # a quarter of the range, but for what is clipped
+    with pytest.raises(
+        ConfigError, match="preview_vae .*vae_tiny has VAEShape.factor=4, channels=4., but embedded has"
+    ):
+        train_tiny(tmp_path / "other", preview_vae=str(GOLDEN / "vae_tiny"))

@@ -122,11 +122,13 @@ class StartCheck:
 
     Attributes:
       psnr: of pictures that went through the VAE, in dB.
+      preview_psnr: of the same latents as the previews' decoder returns them.
       latent_mean, latent_std: of model latents; about 0 and 1 when scale and shift fit the VAE and the data.
       tokens: mean number of tokens per caption, BOS and EOS included.
     """
 
     psnr: float
+    preview_psnr: float
     latent_mean: float
     latent_std: float
     tokens: float
@@ -136,6 +138,8 @@ class StartCheck:
         found = []
         if self.psnr < 18.0:
             found.append(f"the VAE returns these pictures at {self.psnr:.1f} dB: is it made for such pictures?")
+        elif self.preview_psnr < 15.0:
+            found.append(f"preview_vae returns them at {self.preview_psnr:.1f} dB: is it made for latents of this VAE?")
         if not (abs(self.latent_mean) < 0.5 and 0.5 < self.latent_std < 2.0):
             found.append(
                 f"latents have mean {self.latent_mean:.2f} and std {self.latent_std:.2f}, not about 0 and 1:"
@@ -144,14 +148,19 @@ class StartCheck:
         return found
 
 
-def check_start(raw: RawBatch, vae: VAE, latents: LatentScale) -> StartCheck:
+def check_start(raw: RawBatch, vae: VAE, preview: VAE, latents: LatentScale) -> StartCheck:
     """Send the pictures of one raw batch through the VAE and back, and look at latents and captions."""
     images = to_signed(raw["image"])
     mean, _ = vae.encode(images)
-    error = float(np.mean(np.square(np.asarray(vae.decode(mean)) - images)))
     model = np.asarray(latents.to_model(mean))
+
+    def psnr(decoder: VAE) -> float:
+        error = float(np.mean(np.square(np.asarray(decoder.decode(mean)) - images)))
+        return 10 * np.log10(4.0 / max(error, 1e-10))  # pictures span 2, from -1 to 1
+
     return StartCheck(
-        psnr=10 * np.log10(4.0 / max(error, 1e-10)),  # pictures span 2, from -1 to 1
+        psnr=(own := psnr(vae)),
+        preview_psnr=own if preview is vae else psnr(preview),
         latent_mean=float(model.mean()),
         latent_std=float(model.std()),
         tokens=float(raw["mask"].sum(1).mean()),

@@ -1,5 +1,6 @@
 """Encoding once and at every step are the same thing; captions are kept once; the start check sees trouble."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -64,9 +65,13 @@ def test_a_caption_is_kept_once(frozen):
 def test_the_start_check_is_quiet_when_all_is_well_and_names_what_is_not(frozen, source):
     vae, text = frozen
     [raw] = scan(source, text.tokenize, BadRecords(None, 0.0, N), N, SEED, 64, 0, 0)
-    good = encode.check_start(raw, vae, vae.latent_scale)
+    good = encode.check_start(raw, vae, vae, vae.latent_scale)
     assert good.warnings() == [] and good.psnr > 25 and 8 < good.tokens < 25
     off = LatentScale(vae.latent_scale.shift, vae.latent_scale.scale * 30)
-    assert "latents.normalize=measured" in encode.check_start(raw, vae, off).warnings()[0]
+    assert "latents.normalize=measured" in encode.check_start(raw, vae, vae, off).warnings()[0]
     noise = {**raw, "image": np.random.default_rng(0).integers(0, 255, raw["image"].shape).astype(np.uint8)}
-    assert "dB: is it made for such pictures?" in encode.check_start(noise, vae, vae.latent_scale).warnings()[0]
+    assert "dB: is it made for such pictures?" in encode.check_start(noise, vae, vae, vae.latent_scale).warnings()[0]
+    stranger = load_vae("embedded")
+    stranger.params = jax.tree.map(lambda leaf: -leaf, stranger.params)
+    found = encode.check_start(raw, vae, stranger, vae.latent_scale)
+    assert found.psnr == good.psnr and "is it made for latents of this VAE?" in found.warnings()[0]
