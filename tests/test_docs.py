@@ -104,7 +104,7 @@ def test_commands_name_programs_flags_keys_and_configs_that_exist(document):
     for command in commands(document):
         program = re.search(r"python -m dit_jax\.(\w+)", command)
         if program:
-            source = "".join((PACKAGE / f"{name}.py").read_text() for name in (program[1], "runtime"))
+            source = "".join((PACKAGE / f"{name}.py").read_text(encoding="utf-8") for name in (program[1], "runtime"))
             for flag in FLAG.findall(command):
                 if flag.startswith("config."):
                     assert flag.removeprefix("config.") in KEYS, command
@@ -117,10 +117,11 @@ def test_commands_name_programs_flags_keys_and_configs_that_exist(document):
 @each_document
 def test_names_in_backticks_exist(document):
     words = words_of_sources() | {path.name for path in (REPOSITORY / "configs").glob("*.py")}
+    flags = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.glob("*.py"))
     for name in set(TICKS.findall(FENCE.sub("", read(document)))):
         for flag in FLAG.findall(name):
             key = flag.removeprefix("config.")
-            assert key in words if key == flag else key in {*KEYS, "key"}, name  # --config.key=value: any
+            assert f'"--{flag}"' in flags if key == flag else key in {*KEYS, "key"}, name  # --config.key=value: any
         if re.match(rf"(?:{SECTIONS})\.[a-z_]+(?:=\w+)?$", name):
             assert name.partition("=")[0] in KEYS, name
         elif re.match(rf"(?:{FOLDERS})/", name):
