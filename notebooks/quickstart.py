@@ -2,7 +2,8 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
-#     notebook_metadata_filter: kernelspec,jupytext
+#     notebook_metadata_filter: accelerator,kernelspec,jupytext
+#   accelerator: GPU
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
