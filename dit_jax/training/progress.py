@@ -102,9 +102,10 @@ class Progress:
         eta = (self._total - step) * seconds / max(steps, 1)
         mfu = f" mfu={timing['mfu']:.0%}" if self._peak else ""
         scale = f" loss_scale={row['loss_scale']:.0f} skipped={row['skipped']}" if "loss_scale" in row else ""
+        digits = 0 if rate >= 10 else 1
         self.say(
             f"step={step}/{self._total} loss={row['loss']:.4f} gnorm={row['grad_norm']:.2f}"
-            f" lr={row['learning_rate']:.1e}{scale} img/s={rate:.0f} data_wait={timing['data_wait']:.0%}{mfu}"
+            f" lr={row['learning_rate']:.1e}{scale} img/s={rate:.{digits}f} data_wait={timing['data_wait']:.0%}{mfu}"
             f" mem={timing['memory_gib']:.1f}GiB eta={duration(eta)}"
         )
         self._last_step = step

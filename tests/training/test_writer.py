@@ -84,6 +84,17 @@ def test_a_loss_that_is_not_finite_is_an_error():
             check_finite(3, {"loss": 1.0, "grad_norm": bad})
 
 
+def test_a_slow_run_does_not_say_that_it_stands_still(tmp_path, capsys, monkeypatch):
+    clock = SimpleNamespace(monotonic=iter([0.0, 10.0, 10.0, 11.0, 11.0]).__next__)
+    monkeypatch.setattr("dit_jax.training.progress.time", clock)
+    progress = Progress(Writer(tmp_path, 0, "", {}, None), 1, 0, total_steps=2, batch_size=4, flops=1, peak=None)
+    for step in (1, 2):
+        progress.step(step, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-4})
+        progress.flush()
+    lines = capsys.readouterr().out.splitlines()
+    assert " img/s=0.4 " in lines[0] and " img/s=4.0 " in lines[1]
+
+
 def test_durations_are_readable():
     assert [duration(s) for s in (7, 245, 11520)] == ["7s", "4m05s", "3h12m"]
 
