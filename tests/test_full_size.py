@@ -237,7 +237,6 @@ def exact_rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float
 def test_sixteen_bits_train_as_float32_does(dtype, exact_rows, tmp_path):
     out = train_small(tmp_path, **THREE_STEPS, dtype=dtype)
     assert f"compute in {dtype}" in out
-    assert rows(tmp_path) != exact_rows
     for row, exact in zip(rows(tmp_path), exact_rows, strict=True):
         assert row["loss"] == pytest.approx(exact["loss"], rel=1e-3)
-        assert row["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.02)
+        assert 0 < abs(row["grad_norm"] / exact["grad_norm"] - 1) < 0.02
