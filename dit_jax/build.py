@@ -7,6 +7,7 @@ the config into one object. Where a config comes from is in `dit_jax.config`.
 
 import contextlib
 import importlib.util
+import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dit_jax.errors import ConfigError, FetchError
+from dit_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     import optax
@@ -98,10 +99,26 @@ def resolve(
 # What the values of some keys must be, in words and as a test that nan does not pass.
 RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("1 or more", lambda x: x >= 1, ("batch_size", "accumulate", "keep_latest", "model.patch_size", "sample.steps")),
-    ("0 or more", lambda x: x >= 0, ("warmup_steps", "stop_at_step", "data.workers")),
-    ("above 0", lambda x: x > 0, ("clip_norm", "model.mlp_ratio")),
+    (
+        "0 or more",
+        lambda x: 0 <= x < math.inf,
+        (
+            "warmup_steps",
+            "stop_at_step",
+            "log_every",
+            "save_every",
+            "sample_every",
+            "keep_every",
+            "data.workers",
+            "learning_rate",
+            "weight_decay",
+            "sample.guidance_scale",
+        ),
+    ),
+    ("above 0", lambda x: 0 < x < math.inf, ("model.mlp_ratio", "model.time_scale")),
+    ("above 0", lambda x: x > 0, ("clip_norm",)),
     ("in [0, 1)", lambda x: 0 <= x < 1, ("adam_b1", "adam_b2", "muon_momentum", "ema_decay")),
-    ("in [0, 1]", lambda x: 0 <= x <= 1, ("model.dropout", "caption_dropout")),
+    ("in [0, 1]", lambda x: 0 <= x <= 1, ("model.dropout", "caption_dropout", "sample.eta")),
     ("in [0, 2**32)", lambda x: 0 <= x < 2**32, ("seed",)),
 )
 
@@ -145,17 +162,6 @@ def config_errors(section: str) -> Iterator[None]:
         raise ConfigError(f"{section}: {error}") from error
 
 
-@contextlib.contextmanager
-def _fetch_errors() -> Iterator[None]:
-    """Encoders that cannot be fetched: a config has others to offer."""
-    try:
-        yield
-    except FetchError as error:
-        raise FetchError(
-            f"{error}; the encoders that need no network: --config.vae=embedded --config.text_encoder=embedded"
-        ) from error
-
-
 def _choose(key: str, name: str, choices: Mapping[str, Any]) -> Any:
     if name not in choices:
         raise ConfigError(f"{key} is {name!r}; it can be {', '.join(choices)}")
@@ -169,7 +175,7 @@ def make_vae(config: ConfigDict) -> "VAE":
     """The frozen VAE, in float32."""
     from dit_jax.encoders import load_vae
 
-    with config_errors("vae"), _fetch_errors():
+    with config_errors("vae"):
         return load_vae(config.vae)
 
 
@@ -187,6 +193,12 @@ def make_preview_vae(config: ConfigDict, vae: "VAE") -> "VAE":
         preview = load_vae(config.preview_vae)
     if preview.shape != vae.shape:
         raise ConfigError(f"preview_vae {preview.name} has {preview.shape}, but {vae.name} has {vae.shape}")
+    if not np.array_equal(preview.latent_scale, vae.latent_scale):
+        theirs, ours = (float(one.latent_scale.scale[0]) for one in (preview, vae))
+        raise ConfigError(
+            f"preview_vae {preview.name} is made for latents scaled by {theirs:.5f}, not by {ours:.5f} as those of"
+            f" {vae.name}"
+        )
     return preview
 
 
@@ -194,18 +206,20 @@ def make_text_encoder(config: ConfigDict) -> "TextEncoder":
     """The frozen text encoder."""
     from dit_jax.encoders import load_text_encoder
 
-    with config_errors("text_encoder"), _fetch_errors():
+    with config_errors("text_encoder"):
         return load_text_encoder(config.text_encoder)
 
 
 def describe_encoders(config: ConfigDict) -> tuple["VAEShape", "TextShape"]:
     """What a model must know of the frozen encoders, without their weights."""
-    from dit_jax.encoders import describe_text_encoder, describe_vae
+    from dit_jax.encoders import TextShape, describe_text_encoder, describe_vae
 
+    model = config.model
+    stated = TextShape(model.text_length, model.text_width, model.pooled_width)
     with config_errors("vae"):
         vae = describe_vae(config.vae)
     with config_errors("text_encoder"):
-        return vae, describe_text_encoder(config.text_encoder)
+        return vae, describe_text_encoder(config.text_encoder, stated if all(stated) else None)
 
 
 def make_source(config: ConfigDict, part: Literal["train", "validation"]) -> "Source":

@@ -20,6 +20,8 @@ from dit_jax.errors import CheckpointError, ConfigError
 
 SECTIONS = ("latents", "data", "diffusion", "model", "sample")
 
+# What keys mean that the config.json of an older run does not have.
+ADDED = {"init_from": "", "preview_vae": ""}
 TRAINED = "trained"  # what the config.json of an export says beside the config: see dit_jax.stored
 
 # What a run that is resumed may change; every other key must be what it was.
@@ -108,12 +110,21 @@ def _fresh(config: ConfigDict) -> ConfigDict:
 
 def read_json(path: Path) -> ConfigDict:
     """A resolved config, as a run or an export keeps it."""
+    found = _tuples(_read_object(path))
     try:
-        found = _tuples(json.loads(path.read_text()))
-        config = ConfigDict({key: found[key] for key in found if key != TRAINED} if isinstance(found, dict) else {})
+        config = ConfigDict(ADDED | {key: found[key] for key in found if key != TRAINED})
     except ValueError as error:
         raise ConfigError(f"{path} is not a config: {error}") from error
     return _with_sections(config, path)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The object of a JSON file; empty if the file holds something else."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is not a config: {error}") from error
+    return found if isinstance(found, dict) else {}
 
 
 def read_run(workdir: Path) -> ConfigDict:
@@ -122,6 +133,11 @@ def read_run(workdir: Path) -> ConfigDict:
     if not path.is_file():
         raise CheckpointError(f"no run in {workdir}: there is no {path}")
     return read_json(path)
+
+
+def is_export(path: Path) -> bool:
+    """Whether a ``config.json`` is that of an export; False where there is none."""
+    return path.is_file() and TRAINED in _read_object(path)
 
 
 def to_json(config: ConfigDict) -> str:

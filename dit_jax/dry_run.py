@@ -9,9 +9,10 @@ estimate, equation (2) of `dit_jax.models.flops`. Nothing is written to the work
 """
 
 import dataclasses
-import os
+import re
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from dit_jax import build
 from dit_jax.config import flatten
 from dit_jax.errors import ConfigError, DataError
 from dit_jax.models.dit import REMAT_POLICIES, DiT
-from dit_jax.models.flops import DEVICES, Device, activation_bytes, copied_bytes, forward_macs, training_flops
+from dit_jax.models.flops import DEVICES, GIB, Device, activation_bytes, copied_bytes, forward_macs, training_flops
 from dit_jax.sharding import batch_sharding, make_mesh, with_sharding
 from dit_jax.training.memory import abstract_batch, compiled_bytes
 from dit_jax.training.progress import duration
@@ -30,7 +31,6 @@ from dit_jax.training.state import TrainState, abstract_state, init_state
 from dit_jax.training.step import TrainStep
 from dit_jax.trees import count_parameters, named_leaves
 
-GIB = 2**30
 ENCODERS = GIB  # kept free for the frozen encoders: a Stable Diffusion VAE and CLIP-L are 0.8 GiB in float32
 MANY = 10**12  # records of a set that is not looked at: no check of lengths must fail because of it
 STEPS, PATIENCE = 3, 30.0  # a step is measured on so many, or as many as begin within so many seconds
@@ -87,7 +87,7 @@ def report(config: ConfigDict, name: str, device_name: str | None) -> None:
     Raises:
       ConfigError: a device that is not known, or values that cannot be, as in training.
     """
-    # ---- the same objects and checks as in training, from shapes alone
+    # ---- the objects and checks of training that need shapes alone
     if device_name is not None and device_name not in DEVICES:
         raise ConfigError(f"--device is {device_name!r}; it can be {', '.join(DEVICES)}")
     device = DEVICES[device_name] if device_name else None
@@ -289,9 +289,9 @@ def free_memory() -> int | None:
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    if {"SC_AVPHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys():
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+    meminfo = Path("/proc/meminfo")  # of Linux; what it calls available counts what the page cache would give back
+    available = re.search(r"^MemAvailable: *(\d+) kB", meminfo.read_text(), re.MULTILINE) if meminfo.is_file() else None
+    return int(available[1]) * 1024 if available else None
 
 
 def section(title: str) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from dit_jax.errors import CheckpointError, ConfigError
-from dit_jax.runtime import add_flags, run_program, set_up, writable
+from dit_jax.runtime import add_flags, path_of, run_program, set_up, writable
 from dit_jax.sample import Pipeline, make_grid, save_png
 
 QUICK, FULL = 200, 1000  # prompts of each class of the shapes world
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The program's flags."""
     parser = argparse.ArgumentParser(prog="python -m dit_jax.evaluate", description="Score a trained model.")
     parser.add_argument(
-        "--model", "--workdir", type=Path, required=True, help="folder of a run or an export, or an export's hub id"
+        "--model", "--workdir", type=path_of, required=True, help="folder of a run or an export, or an export's hub id"
     )
     parser.add_argument("--metric", choices=METRICS, default="shapes")
     parser.add_argument("--full", action="store_true", help=f"shapes: {FULL} prompts of each class, not {QUICK}")
@@ -134,9 +134,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     set_up(args.allow_cpu, args.verbose)
     pipeline = Pipeline.load(args.model, args.ema, args.step)
-    folder = args.model / "evaluation"
+    model = path_of(args.model)
+    folder = model / "evaluation" if model.is_dir() else Path("evaluation") / model.name  # of a model from the hub
     with writable(folder):
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     trained = pipeline.trained
     settings = pipeline.config.sample.to_dict() | {"step": trained.step, "parameters": trained.parameters}
     settings.pop("prompts")

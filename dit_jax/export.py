@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dit_jax.errors import ConfigError
-from dit_jax.runtime import add_flags, run_program, set_up, writable
+from dit_jax.runtime import add_flags, path_of, run_program, set_up, writable
 from dit_jax.sample import Pipeline
 from dit_jax.stored import FORMATS, write_stored
 
@@ -45,9 +45,11 @@ def export(pipeline: Pipeline, output: Path, form: str, dtype: str, copy_encoder
         with writable(output):
             growing.mkdir(parents=True)
             write_stored(growing, pipeline.config, pipeline.trained, pipeline.params, form, dtype)
-            for name, copy_to in (("vae", pipeline.vae.copy_to), ("text_encoder", pipeline.text_encoder.copy_to)):
-                if copy_encoders or not places.is_hub_id(pipeline.config[name]):
-                    copy_to(growing / name)
+            vae, text_encoder = pipeline.vae, pipeline.text_encoder
+            if copy_encoders or not places.is_hub_id(vae.name):
+                vae.copy_to(growing / "vae")
+            if copy_encoders or not places.is_hub_id(text_encoder.name):
+                text_encoder.copy_to(growing / "text_encoder")
             growing.replace(output)
     finally:
         shutil.rmtree(growing, ignore_errors=True)
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--model", "--workdir", required=True, help="folder of a run or an export, or an export's hub id"
     )
-    parser.add_argument("--output", type=Path, help="the folder to make; default: exports/<name of the model>")
+    parser.add_argument("--output", type=path_of, help="the folder to make; default: exports/<name of the model>")
     parser.add_argument("--format", choices=FORMATS, default="safetensors", help="orbax restores on any topology")
     parser.add_argument("--ema", choices=("ema", "raw"), help="averaged (default) or last parameters")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the parameters on disk")

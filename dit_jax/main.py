@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dit_jax.config import load_config
-from dit_jax.runtime import add_flags, read_overrides, run_program, set_up
+from dit_jax.config import is_export, load_config
+from dit_jax.runtime import add_flags, path_of, read_overrides, run_program, set_up
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--config", required=True, help="FILE.py, FILE.py:key=value,key=value or a run's config.json")
     parser.add_argument(
-        "--workdir", type=Path, help="folder of the run; default: runs/<config name>, or where the config.json lies"
+        "--workdir", type=path_of, help="folder of the run; default: runs/<config name>, or where the config.json lies"
     )
     parser.add_argument(
         "--dry_run", action="store_true", help="print config, parameters, cost and memory of the run, and train nothing"
@@ -51,9 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def default_workdir(config: str) -> Path:
-    """``runs/<config name>``, or the run that a ``config.json`` lies in."""
+    """``runs/<config name>``, or the run that a ``config.json`` lies in; that of an export begins a new run."""
     path = Path(config.partition(":")[0])
-    return path.parent if path.suffix == ".json" else Path("runs") / path.stem
+    if path.suffix == ".json" and not is_export(path):
+        return path.parent
+    return Path("runs") / (path.stem if path.suffix != ".json" else path.absolute().parent.name)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,11 @@ def read_overrides(parser: argparse.ArgumentParser, rest: Sequence[str]) -> dict
     return overrides
 
 
+def path_of(text: str) -> Path:
+    """A flag's path, in which ``~`` is the home folder: no shell expands it behind an equals sign."""
+    return Path(text).expanduser()
+
+
 def run_program(main: Callable[[], None], show_traceback: bool, less_memory: str) -> None:
     """Call ``main`` and exit as the table says; a `UserError` becomes one line, a bug keeps its traceback.
 
@@ -122,9 +127,12 @@ def set_up(allow_cpu: bool, verbose: bool) -> None:
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dit_jax" / "compiled"
-        cache.mkdir(parents=True, exist_ok=True)
-        cache.chmod(0o700)
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            cache.chmod(0o700)
+            jax.config.update("jax_compilation_cache_dir", str(cache))
+        except OSError as error:
+            warnings.warn(f"nothing that is compiled is kept: {cache}: {error.strerror}", stacklevel=1)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     jax.config.update("jax_threefry_partitionable", True)
     if jax.default_backend() == "cpu" and not allow_cpu and os.environ.get("JAX_PLATFORMS") != "cpu":

@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from dit_jax.arrays import TextStates
 from dit_jax.errors import ConfigError
-from dit_jax.runtime import add_flags, run_program, set_up, writable
+from dit_jax.runtime import add_flags, path_of, run_program, set_up, writable
 
 if TYPE_CHECKING:
     from dit_jax.encoders import VAE, TextEncoder
@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--model", "--workdir", required=True, help="folder of a run or an export, or an export's hub id"
     )
     parser.add_argument("--prompt", action="append", default=[], help="may be given more than once")
-    parser.add_argument("--prompts_file", type=Path, help="one prompt a line")
+    parser.add_argument("--prompts_file", type=path_of, help="one prompt a line")
     parser.add_argument("--num_images", type=int, default=1, help="per prompt")
     parser.add_argument("--seed", type=int, default=0, help="picture i has seed + i")
     parser.add_argument("--steps", type=int, help="default: the run's")
@@ -260,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ema", choices=("ema", "raw"), help="averaged (default) or last parameters")
     parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
     parser.add_argument("--long_prompt", choices=("truncate", "error"), default="truncate")
-    parser.add_argument("--output", type=Path, default=Path("pictures"), help="folder for the PNG files")
+    parser.add_argument("--output", type=path_of, default=Path("pictures"), help="folder for the PNG files")
     add_flags(parser)
     args = parser.parse_args(argv)
     run_program(lambda: _draw(args), args.traceback, "draw fewer pictures at a time, or smaller ones")

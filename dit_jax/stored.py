@@ -35,7 +35,6 @@ FORMATS = ("safetensors", "orbax")
 PARAMETERS = ("ema", "raw")
 SAFETENSORS, ORBAX = "model.safetensors", "orbax"
 ENCODERS = ("vae", "text_encoder")
-OWN_FOLDERS = ("runs", "exports")  # where programs write unless told otherwise: no owners on a hub
 
 
 @dataclass(frozen=True)
@@ -64,11 +63,13 @@ class Stored:
       folder: where it lies.
       config: the resolved config of its run.
       trained: what its parameters came from.
+      exported: whether it is an export, and not a run.
     """
 
     folder: Path
     config: ConfigDict
     trained: Trained
+    exported: bool
 
     def encoder_config(self) -> ConfigDict:
         """The config with the encoders that were copied into the folder in place of those that it names."""
@@ -100,15 +101,14 @@ class Stored:
         """
         shapes = parameter_shapes(self.config, factor)
         shapes = with_sharding(shapes, sharding or replicated(make_mesh(jax.devices()[:1])))
+        if not self.exported:
+            item = {"ema": "ema", "raw": "params"}[self.trained.parameters]
+            return restore_params(self.folder / "checkpoints", self.trained.step, item, shapes)
         if (self.folder / SAFETENSORS).is_file():
             return _read_safetensors(self.folder / SAFETENSORS, shapes)
         if (self.folder / ORBAX).is_dir():
             return restore_tree(self.folder / ORBAX, shapes)
-        checkpoints = self.folder / "checkpoints"
-        if not checkpoints.is_dir():
-            raise CheckpointError(f"no parameters in {self.folder}: there is neither {SAFETENSORS} nor {ORBAX}/")
-        item = {"ema": "ema", "raw": "params"}[self.trained.parameters]
-        return restore_params(checkpoints, self.trained.step, item, shapes)
+        raise CheckpointError(f"no parameters in {self.folder}: there is neither {SAFETENSORS} nor {ORBAX}/")
 
 
 def open_stored(path: str | Path, parameters: str | None, step: int | None) -> Stored:
@@ -121,29 +121,34 @@ def open_stored(path: str | Path, parameters: str | None, step: int | None) -> S
 
     Raises:
       CheckpointError: there is none, not this one, or what it says of itself is damaged.
-      ConfigError: ``parameters`` is neither.
+      ConfigError: ``parameters`` is neither, or the path is nearly a hub id.
       FetchError: it is not to be had from the hub.
     """
     if parameters not in (None, *PARAMETERS):
         raise ConfigError(f"ema is {parameters!r}; it can be {', '.join(PARAMETERS)}")
-    folder = Path(path)
-    if places.is_hub_id(path) and folder.parts[0] not in OWN_FOLDERS:
+    folder = Path(path).expanduser()
+    if places.is_hub_id(path):
         from dit_jax.encoders import hub  # its library takes a second to import
 
-        folder = hub.fetch(str(path), "model")
+        try:
+            folder = hub.fetch(str(path), "model")
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    elif not folder.is_dir() and (reason := places.hidden_by(path)):
+        raise CheckpointError(f"there is no folder {folder}{reason}")
     config = read_run(folder)
     trained = _read_trained(folder / "config.json")
     if trained is None:
         step = find_step(folder / "checkpoints", step)
         hashes = restore_metadata(folder / "checkpoints", step)
-        return Stored(folder, config, Trained(step=step, parameters=parameters or "ema", **hashes))
+        return Stored(folder, config, Trained(step=step, parameters=parameters or "ema", **hashes), exported=False)
     for asked, held in ((parameters, trained.parameters), (step, trained.step)):
         if asked not in (None, held):
             raise CheckpointError(
                 f"{folder} is an export of the {trained.parameters} parameters of step {trained.step};"
                 f" {asked} is only in the run that it came from"
             )
-    return Stored(folder, config, trained)
+    return Stored(folder, config, trained, exported=True)
 
 
 def write_stored(folder: Path, config: ConfigDict, trained: Trained, params: Any, form: str, dtype: DTypeLike) -> None:

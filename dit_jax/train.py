@@ -6,6 +6,7 @@ Called again with the same config it goes on where the last checkpoint ends, and
 as a run that was never interrupted.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -31,12 +32,12 @@ from PIL import Image
 import dit_jax
 from dit_jax import build
 from dit_jax.arrays import Array
-from dit_jax.config import take_over, to_json
+from dit_jax.config import flatten, is_export, take_over, to_json
 from dit_jax.data.loader import RawBatch, batches, scan
 from dit_jax.data.sources import Source
 from dit_jax.encoders import VAE, TextEncoder
 from dit_jax.encoders.latents import measure_scale
-from dit_jax.errors import ConfigError
+from dit_jax.errors import ConfigError, FetchError
 from dit_jax.models.flops import peak_flops, training_flops
 from dit_jax.runtime import writable
 from dit_jax.sample import Pipeline, make_grid, save_png
@@ -52,9 +53,20 @@ from dit_jax.training.step import TrainStep
 from dit_jax.training.writer import Watch, Writer
 from dit_jax.trees import count_parameters
 
+# Keys that change what parameters mean, but not their shapes.
+MEANINGS = (
+    "diffusion.schedule",
+    "diffusion.shift",
+    "diffusion.prediction",
+    "model.num_heads",
+    "model.attention_head_dim",
+    "model.time_scale",
+    "model.text_pool",
+)
 GRID = 16  # captions of the training set in a sample grid when the config names no prompts
 CHUNK = 256  # records encoded at a time
 SAY_EVERY = 30.0  # seconds between two lines on how far the encoding is
+FIRST = 8  # records that the start check looks at
 MEASURED = 2048  # records whose latents are measured
 THREADS = 8  # that read and decode pictures, in every process that does
 
@@ -82,7 +94,8 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
     """
     # ---- what there is
     mesh = make_mesh(jax.devices())
-    vae, text_encoder = build.make_vae(config), build.make_text_encoder(config)
+    with offer_embedded():
+        vae, text_encoder = build.make_vae(config), build.make_text_encoder(config)
     preview = build.make_preview_vae(config, vae)
     source = build.make_source(config, "train")
     notes = build.resolve(config, len(source), vae.shape, text_encoder.shape, mesh.size)
@@ -188,8 +201,23 @@ def loop(
     return state
 
 
+@contextlib.contextmanager
+def offer_embedded() -> Iterator[None]:
+    """Where encoders cannot be fetched, a new run has others to choose."""
+    try:
+        yield
+    except FetchError as error:
+        raise FetchError(
+            f"{error}; the encoders that need no network: --config.vae=embedded --config.text_encoder=embedded"
+        ) from error
+
+
 def open_checkpoints(config: ConfigDict, workdir: Path, identity: dict[str, str]) -> Checkpoints:
     """The checkpoints of a run, which is a new one or the same as before in config, data and encoders."""
+    if is_export(workdir / "config.json"):
+        raise ConfigError(
+            f"{workdir} is an export, not a run: give another --workdir (init_from={workdir} begins with it)"
+        )
     with writable(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         checkpoints = Checkpoints(workdir / "checkpoints", config.keep_latest, config.keep_every)
@@ -224,10 +252,10 @@ def open_origin(config: ConfigDict, identity: dict[str, str]) -> Stored:
             f"init_from={config.init_from} was trained with another {' and '.join(other)} (its own: {named}); its"
             " parameters mean nothing to these latents and states"
         )
-    for key in ("schedule", "shift", "prediction"):
-        if origin.config.diffusion[key] != config.diffusion[key]:
-            theirs, ours = origin.config.diffusion[key], config.diffusion[key]
-            say(f"warning: init_from was trained with diffusion.{key} {theirs}, this run has {ours}")
+    theirs, ours = flatten(origin.config), flatten(config)
+    for key in MEANINGS:
+        if theirs.get(key) != ours[key]:
+            say(f"warning: init_from was trained with {key}={theirs.get(key)}, this run has {ours[key]}")
     if not config.latents.scale:
         config.latents.shift, config.latents.scale = origin.config.latents.shift, origin.config.latents.scale
     return origin
@@ -290,7 +318,7 @@ def prepare_data(
     def raw_batches(batch_size: int, start: int, stop: int) -> Iterator[RawBatch]:
         return batches(samples, tokenize, bad_records, batch_size, start, stop, THREADS, data.workers)
 
-    first = next(raw_batches(min(32, len(source)), 0, 1))
+    first = next(raw_batches(min(FIRST, len(source)), 0, 1))
     if data.encode == "once":
         begin = time.monotonic()
         say(f"encoding {len(source):,} pictures ...")

@@ -14,9 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from dit_jax import export, stored
+from dit_jax import export, main, stored
 from dit_jax.config import load_config
-from dit_jax.errors import CheckpointError
+from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.sample import Pipeline
 from dit_jax.sharding import make_mesh
 from dit_jax.trees import count_parameters
@@ -120,12 +120,24 @@ def test_a_new_run_begins_with_an_export(tiny_run, tmp_path, capsys):
     assert f"init_from: {origin}, ema parameters of step 20" in capsys.readouterr().out
 
 
+def test_nothing_is_trained_into_an_export(tiny_run, tmp_path, capsys, monkeypatch):
+    folder = export_to(tmp_path / "export", tiny_run)
+    with pytest.raises(ConfigError, match="export is an export, not a run: give another --workdir"):
+        train_tiny(folder)
+    monkeypatch.chdir(tmp_path)
+    main.main([f"--config={folder / 'config.json'}", "--config.total_steps=1"])  # its config begins a run of its own
+    assert (tmp_path / "runs" / "export" / "checkpoints" / "1").is_dir()
+    assert Pipeline.load(folder).trained.step == 20 and not (folder / "checkpoints").exists()
+
+
 def test_encoders_of_the_hub_are_named_unless_they_are_asked_for(tiny_run, tmp_path, pipe, monkeypatch, capsys):
     monkeypatch.setitem(pipe.config, "vae", "owner/name")
+    monkeypatch.setattr(pipe.vae, "name", "owner/name")
     export.export(pipe, tmp_path / "named", "safetensors", "float32", copy_encoders=False)
     export.export(pipe, tmp_path / "copied", "safetensors", "float32", copy_encoders=True)
     assert not (tmp_path / "named" / "vae").exists() and (tmp_path / "named" / "text_encoder").is_dir()
-    assert (tmp_path / "copied" / "vae").is_dir()
+    again = export_to(tmp_path / "again", tmp_path / "copied")
+    assert (tmp_path / "copied" / "vae").is_dir() and (again / "vae").is_dir()  # what was inside stays inside
     assert stored.open_stored(tmp_path / "named", None, None).encoder_config().vae == "owner/name"
 
 

@@ -1,5 +1,10 @@
 """Wrong input ends in one clear line and its exit code, and loses nothing."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
@@ -60,7 +65,7 @@ def test_a_value_that_cannot_be_is_refused_before_anything_is_made(capsys, tmp_p
 def test_a_hub_id_without_a_network_says_how_to_go_on(capsys, tmp_path, key, files):
     """Whatever looks like owner/name is a hub id, where no such folder is at hand."""
     code, error = fails(capsys, *tiny_flags(tmp_path / "run"), f"--config.{key}=no/such")
-    assert code == 7 and "cannot fetch no/such@main" in error, error
+    assert code == 7 and "there is no folder no/such here, and the hub id no/such@main cannot be fetched" in error, error
     for way_out in ("unset HF_HUB_OFFLINE", "set HF_ENDPOINT", files, "--config.vae=embedded"):
         assert way_out in error, error
     assert not (tmp_path / "run").exists()
@@ -97,3 +102,19 @@ def test_the_traceback_is_there_for_who_asks(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main.main([*tiny_flags(tmp_path / "run"), "--config.nonsense=1", "--traceback"])
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_made_is_no_reason_to_stop(tmp_path):
+    (tmp_path / "file").touch()
+    environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+    command = [sys.executable, "-m", "dit_jax.main", f"--config={CONFIG}", "--dry_run", "--device=t4"]
+    environment["XDG_CACHE_HOME"] = str(tmp_path / "file")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "warning: nothing that is compiled is kept" in done.stderr, done.stderr
+
+
+def test_the_home_folder_is_not_a_folder_called_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    main.main(tiny_flags(Path("~/mine"), total_steps="1", sample_every="0"))
+    assert (tmp_path / "mine" / "checkpoints" / "1").is_dir() and not (tmp_path / "~").exists()

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from dit_jax import build, train
-from dit_jax.config import load_config
+from dit_jax.config import ADDED, load_config
 from dit_jax.data.sources import Record
 from dit_jax.encoders.places import ASSETS
 from dit_jax.errors import CheckpointError, ConfigError, DivergedError
@@ -105,7 +105,7 @@ class LongCaptions:
 def test_long_captions_are_told_once_and_not_kept_for_the_whole_run(tmp_path, capsys):
     config, source = tiny_config(data__encode="every_step", data__flip="off"), LongCaptions()
     encoders = build.make_vae(config), build.make_text_encoder(config)
-    coming = train.prepare_data(config, tmp_path, source, *encoders)
+    coming = train.prepare_data(config, tmp_path, source, encoders[0], *encoders)
     assert "may be cut: 28, the first " in capsys.readouterr().out
     before = source.held()
     assert len(list(coming(0, 12))) == 12
@@ -213,10 +213,12 @@ def test_a_run_begins_with_the_averaged_parameters_of_another(tiny_run, tmp_path
 
 
 def test_a_run_of_another_size_begins_with_what_fits_and_names_the_rest(tiny_run, tmp_path, capsys):
-    change = {"model__num_layers": "2", "data__image_size": "32", "data__num_pictures": "8"}
+    change = {"model__num_layers": "2", "data__image_size": "32", "data__num_pictures": "8", "model__time_scale": "10"}
     train_tiny(tmp_path, init_from=str(tiny_run), total_steps="1", **change)
     out = capsys.readouterr().out
     assert "init_from: resampled: pos_embed/table" in out and "init_from: new: blocks_1/mlp/fc_in/kernel" in out
+    assert out.count("warning: init_from was trained with") == 1
+    assert "warning: init_from was trained with model.time_scale=1000.0, this run has 10.0" in out
 
 
 def test_a_run_does_not_begin_with_parameters_for_other_encoders(tiny_run, tmp_path):
@@ -247,3 +249,11 @@ def test_samples_of_a_run_may_be_decoded_by_another_vae(tiny_run, tmp_path, caps
         ConfigError, match="preview_vae .*vae_tiny has VAEShape.factor=4, channels=4., but embedded has"
     ):
         train_tiny(tmp_path / "other", preview_vae=str(GOLDEN / "vae_tiny"))
+
+
+def test_a_run_whose_config_lacks_newer_keys_goes_on(tmp_path):
+    run = train_tiny(tmp_path, stop_at_step="2")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({key: config[key] for key in config if key not in ADDED}))
+    train_tiny(run, stop_at_step="3")
+    assert (run / "checkpoints" / "3").is_dir()

@@ -18,6 +18,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSt
 from dit_jax.errors import CheckpointError
 from dit_jax.training.state import TrainState
 
+SHOWN = 300  # characters of what Orbax says of a checkpoint that does not fit
 ITEMS = ("params", "ema", "optimizer", "metadata")
 
 
@@ -172,7 +173,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = " ".join(str(error).split())[:SHOWN] or type(error).__name__
         raise CheckpointError(f"cannot restore {path}: {reason}") from error
 
 

@@ -24,7 +24,7 @@ class TrainState:
       params: parameters of the DiT, float32.
       ema: their exponential moving average, same structure.
       opt_state: of the optimizer.
-      loss_scale: of float16; there under every compute dtype, so that a run can be resumed under another.
+      loss_scale: of float16; there under every compute dtype, as ``auto`` is another one on another device.
     """
 
     step: Array
