@@ -65,6 +65,17 @@ def test_the_advice_fits_when_it_is_taken(capsys, flags):
         assert "  fits: batch_size=" in dry_run(capsys, *flags, *changes), changes
 
 
+def test_an_unknown_text_encoder_of_a_hub_needs_its_three_numbers(capsys, tmp_path, monkeypatch):
+    config = f"--config={CONFIG.parent / 'small.py'}"
+    monkeypatch.chdir(tmp_path)
+    flags = [config, "--device=4090", "--config.text_encoder=nobody/nothing", "--config.model.text_length=20"]
+    flags += ["--config.model.text_width=24"]
+    with pytest.raises(SystemExit) as exit:
+        main.main(["--dry_run", *flags])
+    assert exit.value.code == 2 and "set model.text_length, model.text_width and" in capsys.readouterr().err
+    assert "20 tokens of width 24" in dry_run(capsys, *flags, "--config.model.pooled_width=28")
+
+
 def test_the_largest_batch_is_the_largest(capsys):
     flags = (SMALL, "--device=t4")
     most = int(re.search(r"remat=none +([\d,]+)", dry_run(capsys, *flags))[1].replace(",", ""))

@@ -101,6 +101,10 @@ def test_a_prompt_of_200_words_draws_with_a_warning_or_is_an_error(tiny_run, tmp
     [
         (["--prompt=x", "--model=nowhere"], 5, "no run in nowhere"),
         (["--prompt=x", "--model=runs/mistyped"], 5, "no run in runs/mistyped"),
+        (["--prompt=x", "--model=here/mistyped"], 5, "there is no folder here/mistyped; a folder 'here' lies here, so"),
+        (["--prompt=x", "--model=run/mistyped"], 7, "there is no folder run/mistyped here, and the hub id run/mist"),
+        (["--prompt=x", "--model=own--er/name"], 2, "'own--er/name' is no hub id"),
+        (["--prompt=x", "--model=owner/name@.."], 2, "'owner/name@..' is no hub id"),
         ([], 2, "nothing to draw"),
         (["--prompts_file=none.txt"], 2, "no prompts file none.txt"),
         (["--prompt=x", "--steps=0"], 2, "steps is 0"),
@@ -113,6 +117,8 @@ def test_a_prompt_of_200_words_draws_with_a_warning_or_is_an_error(tiny_run, tmp
 )
 def test_mistakes_end_in_one_line(tiny_run, tmp_path, capsys, monkeypatch, flags, code, says):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "here").mkdir()
     with pytest.raises(SystemExit) as exit:
         sample.main([f"--model={tiny_run}", *flags])
     error = capsys.readouterr().err

@@ -28,11 +28,13 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import validate_repo_id
 from jax.experimental import multihost_utils
 
 from dit_jax.encoders import networks, places, weights
@@ -54,10 +56,10 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
-SHARD = re.compile(r"-\d+-of-\d+\.")
 
 Kind = places.Kind | Literal["model"]  # model: an exported one, with the encoders that lie in it
-EXPORTED = re.compile(r"config\.json|model\.safetensors|(vae|text_encoder)/.+\.(json|txt|safetensors|msgpack)")
+EXPORTED_ENCODERS = re.compile(r"(vae|text_encoder)/.+\.(json|txt|safetensors|msgpack)")
+ORBAX_INDEX = "orbax/_METADATA"  # names all arrays of an Orbax checkpoint
 
 T = TypeVar("T")
 Open = Callable[[str], Path]  # the local file of a name in the repository
@@ -88,13 +90,17 @@ def parse(spec: str) -> HubId:
     """``owner/name[/subfolder][@revision]``; the revision is ``main`` where none is named.
 
     Raises:
-      ValueError: the text has another form.
+      ValueError: the text has another form, or no repository can have this name.
     """
     place, at, revision = spec.partition("@")
     owner, _, rest = place.partition("/")
     name, _, subfolder = rest.partition("/")
     if not HUB_ID.fullmatch(spec) or (at and not all(part.strip(".") for part in revision.split("/"))):
         raise ValueError(f"{spec!r} is no hub id; the form is owner/name[/subfolder][@revision]")
+    try:
+        validate_repo_id(f"{owner}/{name}")
+    except HFValidationError as error:
+        raise ValueError(f"{spec!r} is no hub id: {error}") from error
     return HubId(f"{owner}/{name}", subfolder, revision or constants.DEFAULT_REVISION)
 
 
@@ -129,12 +135,12 @@ def choose(names: set[str], open_file: Open, base: str, kind: Kind) -> list[str]
       kind: of the network.
 
     Raises:
-      _NotWhole: a needed file is not among them, or only pickles are.
-      ValueError: an index is damaged.
+      _NotWhole: a needed file is not among them or damaged, or only pickles are there.
     """
     if kind == "model":
         return _export_files(names, base)
-    small, large = [], []
+    small: list[str] = []
+    large: list[str] = []
     for folder in _network_folders(names, open_file, base, kind):
         config = _join(folder, "config.json")
         if config not in names:
@@ -143,19 +149,29 @@ def choose(names: set[str], open_file: Open, base: str, kind: Kind) -> list[str]
         small.append(config)
         if kind == "text_encoder":
             small += _tokenizer_files(names, folder)
-        index, weight_files = _weight_set(names, open_file, folder)
-        small += index
-        large += weight_files
+        for name in _weight_set(names, open_file, folder):
+            (small if name.endswith(".json") else large).append(name)
     return small + large
 
 
 def _export_files(names: set[str], base: str) -> list[str]:
-    """The files of an exported model; the encoders that it only names are fetched by their own ids."""
-    for needed in ("config.json", "model.safetensors"):
-        if _join(base, needed) not in names:
-            raise _NotWhole(f"there is no {_join(base, needed)}: it is no exported model")
-    start = len(_join(base, ""))
-    return sorted(name for name in names if name.startswith(_join(base, "")) and EXPORTED.fullmatch(name[start:]))
+    """The files of an exported model; the encoders that it only names are fetched by their own ids.
+
+    The one that shows that the parameters are there comes last: a fetch that was cut off lacks it.
+    """
+    below = {name.removeprefix(_join(base, "")) for name in names if name.startswith(_join(base, ""))}
+    if "config.json" not in below:
+        raise _NotWhole(f"there is no {_join(base, 'config.json')}: it is no exported model")
+    chosen = {name for name in below if EXPORTED_ENCODERS.fullmatch(name)}
+    if "model.safetensors" in below:
+        last = "model.safetensors"
+    elif ORBAX_INDEX in below:
+        last = ORBAX_INDEX
+        chosen |= {name for name in below if name.startswith("orbax/")} - {last}
+    else:
+        here = base or "its top folder"
+        raise _NotWhole(f"there is neither model.safetensors nor orbax/ in {here}: it is no exported model")
+    return [_join(base, name) for name in ("config.json", *sorted(chosen), last)]
 
 
 def _network_folders(names: set[str], open_file: Open, base: str, kind: places.Kind) -> list[str]:
@@ -205,32 +221,14 @@ def _tokenizer_folders(folder: str) -> list[str]:
     return [folder, str(place.with_name(sibling))]
 
 
-def _weight_set(names: set[str], open_file: Open, folder: str) -> tuple[list[str], list[str]]:
-    """One set of weights: its index, where it has one, and its files."""
-    here = sorted(name for name in names if str(PurePosixPath(name).parent) == (folder or "."))
-    for suffix in weights.READERS:
-        single = [name for name in here if name.endswith(suffix) and not SHARD.search(name)]
-        plain = [name for name in single if PurePosixPath(name).stem in weights.PLAIN_STEMS]
-        indices = [name for name in here if name.endswith(f"{suffix}.index.json")]
-        if plain:
-            return [], plain[:1]
-        if indices:
-            weight_map = weights.read_json(open_file(indices[0])).get("weight_map")
-            shards = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
-            absent = sorted(name for name in shards if _join(folder, name) not in here)
-            if absent or not shards:
-                raise _NotWhole(f"{indices[0]} names shards that are not there: {absent}")
-            return indices[:1], sorted(_join(folder, name) for name in shards)
-        if single:
-            return [], single[:1]
-    pickles = [name for name in here if name.endswith(weights.PICKLE_SUFFIXES)]
-    if pickles:
-        raise _NotWhole(
-            f"there are only pickled weights ({', '.join(pickles)}), which can run code and are not read; download them"
-            " with config.json, convert them where torch is installed: safetensors.torch.save_file(torch.load(FILE,"
-            " weights_only=True), 'model.safetensors'), and give the folder"
-        )
-    raise _NotWhole(f"there are no weights ({' or '.join(weights.READERS)}) in {folder or 'its top folder'}")
+def _weight_set(names: set[str], open_file: Open, folder: str) -> list[str]:
+    """One set of weights, by the rule of `weights.choose`."""
+    here = {PurePosixPath(name).name for name in names if str(PurePosixPath(name).parent) == (folder or ".")}
+    try:
+        chosen = weights.choose(here, lambda name: open_file(_join(folder, name)), folder or "its top folder")
+    except (FileNotFoundError, ValueError) as error:
+        raise _NotWhole(str(error)) from error
+    return [_join(folder, name) for name in chosen]
 
 
 def _join(folder: str, name: str) -> str:
@@ -263,7 +261,8 @@ def _fetch(hub_id: HubId, kind: Kind) -> Path:
             return cached
         offline = "unset HF_HUB_OFFLINE, " if constants.HF_HUB_OFFLINE else ""
         raise FetchError(
-            f"cannot fetch {hub_id} from {constants.ENDPOINT}, and it is not cached whole in {constants.HF_HUB_CACHE}:"
+            f"there is no folder {_join(hub_id.repo, hub_id.subfolder).rstrip('/')} here, and the hub id {hub_id}"
+            f" cannot be fetched from {constants.ENDPOINT} and is not cached whole in {constants.HF_HUB_CACHE}:"
             f" {reason}; {offline}set HF_ENDPOINT to a mirror, or give a folder with {_by_hand(hub_id, kind)}"
         ) from reason
 
@@ -455,7 +454,7 @@ def _judge(error: BaseException) -> tuple[str, bool]:
     if isinstance(error, RevisionNotFoundError):
         return "there is no such branch, tag or commit in the repository", False
     if isinstance(error, RepositoryNotFoundError):
-        return "there is no such repository (nor a local folder of this name), or it is private: HF_TOKEN", False
+        return "there is no such repository, or it is private: set HF_TOKEN to a token that may read it", False
     if isinstance(error, EntryNotFoundError):
         return "a file of the listing is not there", False
     status = getattr(getattr(error, "response", None), "status_code", None)

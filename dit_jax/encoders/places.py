@@ -20,6 +20,7 @@ ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED_FOLDERS: dict[Kind, Path] = {"vae": ASSETS / "tiny_vae", "text_encoder": ASSETS / "tiny_clip"}
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)+(@[\w./-]+)?", re.ASCII)
+OWN_FOLDERS = ("runs", "exports")  # where programs write unless told otherwise: no owners on a hub
 
 
 def find(path: str | Path, kind: Kind) -> list[Path]:
@@ -69,9 +70,17 @@ def folders_of(root: Path, kind: Kind) -> list[Path]:
 
 
 def is_hub_id(path: str | Path) -> bool:
-    """Whether a name has the form of a hub id and neither it nor its first part is a folder here."""
+    """Whether a name has the form of a hub id, and its first part is neither a folder here nor one of our own."""
     owner = str(path).partition("/")[0]
-    return bool(HUB_ID.fullmatch(str(path))) and not Path(owner).exists()
+    return bool(HUB_ID.fullmatch(str(path))) and owner not in OWN_FOLDERS and not Path(owner).is_dir()
+
+
+def hidden_by(path: str | Path) -> str:
+    """Words for the end of an error, where a folder here keeps a name from being a hub id; else none."""
+    owner = str(path).partition("/")[0]
+    if not HUB_ID.fullmatch(str(path)) or owner in OWN_FOLDERS or not Path(owner).is_dir():
+        return ""
+    return f"; a folder {owner!r} lies here, so it is not looked for on the hub"
 
 
 def _local(path: str | Path, kind: Kind) -> Path:
@@ -86,6 +95,7 @@ def _local(path: str | Path, kind: Kind) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{str(path)!r} is neither {EMBEDDED!r} nor a local folder (looked for {folder.absolute()})"
+            + hidden_by(path)
         )
     return folder
 

@@ -16,7 +16,7 @@ nothing is initialised at random in silence.
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ RENAMED = (
 )
 
 PLAIN_STEMS = ("model", "diffusion_pytorch_model", "flax_model", "diffusion_flax_model")
+SHARD = re.compile(r"-\d+-of-\d+\.")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
@@ -79,46 +80,67 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a folder's weights: a single one, or an index and the shards that it names.
+    """The files of a folder's weights, by the rule of `choose`.
 
     Raises:
-      FileNotFoundError: there is none, or a shard is absent.
+      FileNotFoundError, ValueError: as of ``choose``.
+    """
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    return [folder / name for name in choose(names, folder.joinpath, str(folder))]
+
+
+def choose(names: set[str], open_file: Callable[[str], Path], where: str) -> list[str]:
+    """Of the names in a folder, here or on a hub, those of one set of weights.
+
+    Safetensors go before msgpack, then a plain file before an index with its shards before any other single file:
+    folders often carry a copy in half precision (model.fp16.safetensors) beside the plain file.
+
+    Args:
+      names: of the files that lie directly in the folder.
+      open_file: gives the local file of one of them; used for an index.
+      where: the folder, in words for a person.
+
+    Returns:
+      A single file, or an index and the shards that it names.
+
+    Raises:
+      FileNotFoundError: there is no set, or a shard or the index of the shards is absent.
       ValueError: only pickles are there, which can run code and are not read, or several sets of weights, or a
         damaged index.
     """
     for suffix in READERS:
-        if files := _files_of_one_format(folder, suffix):
-            return files
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+        single = sorted(name for name in names if name.endswith(suffix) and not SHARD.search(name))
+        plain = [name for name in single if name.removesuffix(suffix) in PLAIN_STEMS]
+        indices = sorted(name for name in names if name.endswith(f"{suffix}.index.json"))
+        for found in (plain, indices, single):
+            if len(found) > 1:
+                raise ValueError(f"{where} holds several sets of weights, keep one of {found}")
+            if found:
+                return [*found, *(_shards(names, open_file(found[0]), where) if found is indices else ())]
+    shards = sorted(name for name in names if SHARD.search(name) and name.endswith(tuple(READERS)))
+    if shards:
+        index = SHARD.sub(".", shards[0]) + ".index.json"
+        raise FileNotFoundError(f"{where} holds shards of weights ({', '.join(shards)}), but not their index, {index}")
+    pickles = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
     if pickles:
         raise ValueError(
-            f"{folder} has only pickled weights ({', '.join(pickles)}), which can run code and are not "
-            "read; convert them where torch is installed: safetensors.torch.save_file(torch.load(FILE, "
-            "weights_only=True), 'model.safetensors')"
+            f"{where} has only pickled weights ({', '.join(pickles)}), which can run code and are not read; convert"
+            " them where torch is installed: safetensors.torch.save_file(torch.load(FILE, weights_only=True),"
+            " 'model.safetensors'), and give the folder that has this file beside its config.json"
         )
-    raise FileNotFoundError(f"no {' or '.join(f'*{suffix}' for suffix in READERS)} in {folder}")
+    raise FileNotFoundError(f"no {' or '.join(f'*{suffix}' for suffix in READERS)} in {where}")
 
 
-def _files_of_one_format(folder: Path, suffix: str) -> list[Path]:
-    """As ``weight_files``, of the files with one suffix; empty where there is none."""
-    indices = sorted(folder.glob(f"*{suffix}.index.json"))
-    single = sorted(folder.glob(f"*{suffix}"))
-    if len(indices) == 1:
-        weight_map = read_json(indices[0]).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ValueError(f"{indices[0]} is damaged: it has no weight_map of file names")
-        shards = sorted(set(weight_map.values()))
-        absent = [name for name in shards if not (folder / name).is_file()]
-        if absent:
-            raise FileNotFoundError(f"{folder}: {indices[0].name} names shards that are not there: {absent}")
-        return [indices[0], *(folder / name for name in shards)]
-    # Folders often carry a copy in half precision (model.fp16.safetensors) beside the plain file.
-    plain = [path for path in single if path.stem in PLAIN_STEMS]
-    chosen = plain if len(plain) == 1 else single
-    if len(chosen) > 1 or len(indices) > 1:
-        names = [path.name for path in indices + single]
-        raise ValueError(f"{folder} holds several sets of weights, keep one of {names}")
-    return chosen
+def _shards(names: set[str], index: Path, where: str) -> list[str]:
+    """The files that an index names, all of them among ``names``."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} is damaged: it has no weight_map of file names")
+    shards = sorted(set(weight_map.values()))
+    absent = [name for name in shards if name not in names]
+    if absent or not shards:
+        raise FileNotFoundError(f"{where}: {index.name} names shards that are not there: {absent}")
+    return shards
 
 
 def read_tensors(files: list[Path]) -> dict[str, np.ndarray]:

@@ -49,7 +49,11 @@ def test_a_pipeline_and_a_run_that_names_it(tmp_path: Path):
 
 
 def test_published_networks_are_known_without_fetching(tmp_path: Path):
-    for hub_id in ("stabilityai/sd-vae-ft-mse", "madebyollin/taesd", "stable-diffusion-v1-5/stable-diffusion-v1-5/vae"):
+    for hub_id in (
+        "stabilityai/sd-vae-ft-mse",
+        "stabilityai/sdxl-vae",
+        "stable-diffusion-v1-5/stable-diffusion-v1-5/vae",
+    ):
         assert describe_vae(hub_id) == VAEShape(8, 4)
     assert describe_vae("stabilityai/stable-diffusion-3-medium-diffusers/vae@main") == VAEShape(8, 16)
     for hub_id, shape in {
@@ -72,6 +76,13 @@ def test_an_unknown_hub_id_says_what_to_do():
         ValueError, match="'nobody/nothing@main' is no local folder, .*; set model.text_length, .* or give"
     ):
         describe_text_encoder("nobody/nothing@main")
+
+
+def test_what_the_user_states_is_believed_of_an_unknown_hub_id_alone(tmp_path: Path):
+    stated = TextShape(5, 6, 7)
+    assert describe_text_encoder("nobody/nothing", stated) == stated
+    for known in ("openai/clip-vit-base-patch32", only_config("text_sd1", tmp_path / "text")):
+        assert describe_text_encoder(known, stated) == describe_text_encoder(known)
 
 
 def test_a_hub_id_that_was_fetched_is_read_from_the_cache(tmp_path: Path, monkeypatch):

@@ -215,6 +215,13 @@ def test_what_is_no_id(spec):
         hub.parse(spec)
 
 
+@pytest.mark.parametrize("spec", ["own--er/name", "lab/a..b", "lab/name.git", "lab/name-/vae", f"lab/{'x' * 100}"])
+def test_names_that_no_repository_can_have_are_refused_in_one_line(spec):
+    with pytest.raises(ValueError, match=f"^'{re.escape(spec)}' is no hub id: ") as error:
+        hub.fetch(spec, "vae")
+    assert "\n" not in str(error.value)
+
+
 # ---- what is fetched
 
 
@@ -275,6 +282,7 @@ CONFIG = {"config.json"}
             {"model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"},
             {"model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"},
         ),
+        ({"model.safetensors", "model.safetensors.index.json"}, {"model.safetensors"}),
     ],
 )
 def test_one_set_of_weights(tmp_path, there, taken):
@@ -287,6 +295,11 @@ def test_an_index_that_names_other_places_is_refused(served, online):
     index = {"weight_map": {"a": "../../../secret.safetensors"}}
     served.repos["lab/x"] = {"config.json": b"{}", "model.safetensors.index.json": json.dumps(index).encode()}
     assert "names shards that are not there" in refusal("lab/x")
+
+
+def test_a_damaged_index_is_refused(served, online):
+    served.repos["lab/x"] = {"config.json": b"{}", "model.safetensors.index.json": b"<html>"}
+    assert re.search(r"lab/x@main cannot be used: .*model.safetensors.index.json is damaged", refusal("lab/x"))
 
 
 def test_only_pickles_are_refused_with_the_way_to_convert(served, online):
@@ -345,6 +358,13 @@ def test_a_hub_that_stays_broken_is_given_up(served, online, pauses):
     line = refusal("lab/xl/text_encoder_2", "text_encoder")
     for part in (f"model.safetensors of {served.url}/lab/xl/tree/main/text_encoder_2", "xl/tree/main/tokenizer_2"):
         assert part in line
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_mistyped_folder_is_told_that_there_is_none(served, online, offline):
+    online.setattr(constants, "HF_HUB_OFFLINE", offline)
+    for spec, folder in {"run/quickstart": "run/quickstart", "run/a/b@v1": "run/a/b"}.items():
+        assert refusal(spec, "model").startswith(f"there is no folder {folder} here, and the hub id {folder}@")
 
 
 def test_a_hub_that_asks_for_an_hour_is_given_up_at_once(served, online, pauses):
@@ -488,20 +508,37 @@ def environment(served: Hub, home: Path, **more: str) -> dict[str, str]:
     return {**os.environ, **hub_settings, **more}
 
 
-def test_an_exported_model_of_the_hub_draws_what_its_folder_draws(tiny_run, served, online, tmp_path):
+@pytest.mark.parametrize("form", ["safetensors", "orbax"])
+def test_an_exported_model_of_the_hub_draws_what_its_folder_draws(tiny_run, served, online, tmp_path, form):
     from dit_jax.export import export
     from dit_jax.sample import Pipeline
 
     pipe = Pipeline.load(tiny_run)
-    export(pipe, tmp_path / "export", "safetensors", "float32", copy_encoders=False)
-    files = {path.relative_to(tmp_path / "export").as_posix(): path for path in (tmp_path / "export").rglob("*.*")}
+    export(pipe, tmp_path / "export", form, "float32", copy_encoders=False)
+    paths = [path for path in (tmp_path / "export").rglob("*") if path.is_file()]
+    files = {path.relative_to(tmp_path / "export").as_posix(): path for path in paths}
     beside = {"README.md": b"a page", "optimizer.bin": b"pickle", "vae/other.bin": b"pickle"}
     served.repos["lab/model"] = {name: path.read_bytes() for name, path in files.items()} | beside
     again = Pipeline.load("lab/model")
     assert sorted(served.bodies()) == sorted(files)
     assert again.trained == pipe.trained
     np.testing.assert_array_equal(again.draw(["a red circle"], [0]), pipe.draw(["a red circle"], [0]))
-    assert "there is no model.safetensors: it is no exported model" in refusal("lab/vae", "model")
+    assert "there is neither model.safetensors nor orbax/ in its top folder" in refusal("lab/vae", "model")
+
+
+@pytest.mark.parametrize("last", ["model.safetensors", hub.ORBAX_INDEX])
+def test_an_exported_model_that_came_in_half_is_not_whole(served, online, last):
+    """Every attempt breaks off at one file more, and a pinned commit that is whole would not be asked for again."""
+    names = ("config.json", "vae/config.json", "vae/model.safetensors", "orbax/d/0", "orbax/manifest.ocdbt", last)
+    served.repos["lab/model"] = {name: name.encode() for name in names}
+    spec = f"lab/model@{served.commit('lab/model')}"
+    needed = [name for name in names if not name.startswith("orbax/") or "orbax" in last]
+    for name in needed:
+        served.break_(f"HEAD .*/resolve/[^/]+/{name}$", 404, times=1)
+    for _ in needed:
+        assert "not cached whole" in refusal(spec, "model")
+    root = hub.fetch(spec, "model")
+    assert sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()) == sorted(needed)
 
 
 def test_a_program_ends_in_one_line_with_code_7(served, tmp_path):

@@ -98,5 +98,14 @@ def test_a_name_below_a_folder_that_is_here_is_not_looked_for_on_a_hub(tmp_path:
     assert places.is_hub_id("weights/vae")
     (tmp_path / "weights").mkdir()
     assert not places.is_hub_id("weights/vae")
-    with pytest.raises(FileNotFoundError, match="'weights/vae' is neither 'embedded' nor a local folder"):
+    said = "'weights/vae' is neither 'embedded' nor a local folder .*; a folder 'weights' lies here, so it is not"
+    with pytest.raises(FileNotFoundError, match=said):
         places.find("weights/vae", "vae")
+
+
+@pytest.mark.parametrize("owner", places.OWN_FOLDERS)
+def test_where_programs_write_is_no_owner_on_a_hub(owner: str, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not places.is_hub_id(f"{owner}/mine")
+    with pytest.raises(FileNotFoundError, match=f"looked for {tmp_path / owner / 'mine'}.$"):
+        places.find(f"{owner}/mine", "text_encoder")

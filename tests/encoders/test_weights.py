@@ -140,6 +140,7 @@ def test_damaged_files_are_named(vae_folder: Path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=f"{vae_folder}: {path.name} is damaged: "):
         load_vae(vae_folder)
+    path.unlink()  # it would go before an index
     index = vae_folder / "diffusion_pytorch_model.safetensors.index.json"
     for text in ("{", "[]", "{}", '{"weight_map": {"a": ["b"]}}'):
         index.write_text(text)
@@ -150,6 +151,22 @@ def test_damaged_files_are_named(vae_folder: Path):
 def test_a_half_precision_copy_beside_the_plain_file_is_passed_over(vae_folder: Path):
     (vae_folder / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"not read")
     load_vae(vae_folder)
+
+
+def test_a_plain_file_goes_before_an_index(vae_folder: Path):
+    """A folder that was fetched in part: the shards of the index are not there."""
+    index = {"weight_map": {"a": "diffusion_pytorch_model-00001-of-00002.safetensors"}}
+    (vae_folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    load_vae(vae_folder)
+
+
+def test_shards_without_their_index_are_told_what_is_missing(vae_folder: Path):
+    (path,) = vae_folder.glob("*.safetensors")
+    for i in (1, 2):
+        shutil.copy(path, vae_folder / f"diffusion_pytorch_model-0000{i}-of-00002.safetensors")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="not their index, diffusion_pytorch_model.safetensors.index.json$"):
+        load_vae(vae_folder)
 
 
 def test_safetensors_are_chosen_before_msgpack(vae_folder: Path):
