@@ -65,9 +65,7 @@ def test_a_value_that_cannot_be_is_refused_before_anything_is_made(capsys, tmp_p
 def test_a_hub_id_without_a_network_says_how_to_go_on(capsys, tmp_path, key, files):
     """Whatever looks like owner/name is a hub id, where no such folder is at hand."""
     code, error = fails(capsys, *tiny_flags(tmp_path / "run"), f"--config.{key}=no/such")
-    assert code == 7 and "there is no folder no/such here, and the hub id no/such@main cannot be fetched" in error, (
-        error
-    )
+    assert code == 7 and "no folder no/such here, and the hub id no/such@main cannot be fetched" in error, error
     for way_out in ("unset HF_HUB_OFFLINE", "set HF_ENDPOINT", files, "--config.vae=embedded"):
         assert way_out in error, error
     assert not (tmp_path / "run").exists()
