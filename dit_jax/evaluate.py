@@ -26,7 +26,7 @@ from PIL import Image
 
 from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.runtime import add_flags, path_of, run_program, set_up, writable
-from dit_jax.sample import Pipeline, make_grid, save_png
+from dit_jax.sample import Pipeline, add_model_flags, make_grid, save_png
 
 QUICK, FULL = 200, 1000  # prompts of each class of the shapes world
 SHOWN_SHAPES = 16  # pictures of each class in the grid: the first ones
@@ -119,13 +119,9 @@ METRICS: dict[str, Callable[[Pipeline, bool], tuple[Scores, Image.Image, str]]] 
 def main(argv: Sequence[str] | None = None) -> None:
     """The program's flags."""
     parser = argparse.ArgumentParser(prog="python -m dit_jax.evaluate", description="Score a trained model.")
-    parser.add_argument(
-        "--model", "--workdir", type=path_of, required=True, help="folder of a run or an export, or an export's hub id"
-    )
+    add_model_flags(parser)
     parser.add_argument("--metric", choices=METRICS, default="shapes")
     parser.add_argument("--full", action="store_true", help=f"shapes: {FULL} prompts of each class, not {QUICK}")
-    parser.add_argument("--ema", choices=("ema", "raw"), help="averaged (default) or last parameters")
-    parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
     add_flags(parser)
     args = parser.parse_args(argv)
     run_program(lambda: _evaluate(args), args.traceback, "JAX_PLATFORMS=cpu scores it in the host's memory")

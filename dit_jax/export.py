@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dit_jax.errors import ConfigError
 from dit_jax.runtime import add_flags, path_of, run_program, set_up, writable
-from dit_jax.sample import Pipeline
+from dit_jax.sample import Pipeline, add_model_flags
 from dit_jax.stored import FORMATS, write_stored
 
 DTYPES = ("float32", "bfloat16")
@@ -58,14 +58,10 @@ def export(pipeline: Pipeline, output: Path, form: str, dtype: str, copy_encoder
 def main(argv: Sequence[str] | None = None) -> None:
     """The program's flags."""
     parser = argparse.ArgumentParser(prog="python -m dit_jax.export", description="Export a trained model.")
-    parser.add_argument(
-        "--model", "--workdir", required=True, help="folder of a run or an export, or an export's hub id"
-    )
+    add_model_flags(parser)
     parser.add_argument("--output", type=path_of, help="the folder to make; default: exports/<name of the model>")
     parser.add_argument("--format", choices=FORMATS, default="safetensors", help="orbax restores on any topology")
-    parser.add_argument("--ema", choices=("ema", "raw"), help="averaged (default) or last parameters")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the parameters on disk")
-    parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
     parser.add_argument("--copy_encoders", action="store_true", help="copy encoders that come from the hub too")
     add_flags(parser)
     args = parser.parse_args(argv)

@@ -241,12 +241,19 @@ def save_png(image: Image.Image, path: Path, info: dict[str, str]) -> None:
     image.save(path, pnginfo=chunks)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The program's flags."""
-    parser = argparse.ArgumentParser(prog="python -m dit_jax.sample", description=__doc__.split("\n")[0])
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `Pipeline.load`, for every program that begins with a trained model."""
     parser.add_argument(
         "--model", "--workdir", required=True, help="folder of a run or an export, or an export's hub id"
     )
+    parser.add_argument("--ema", choices=("ema", "raw"), help="averaged (default) or last parameters")
+    parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program's flags."""
+    parser = argparse.ArgumentParser(prog="python -m dit_jax.sample", description=__doc__.split("\n")[0])
+    add_model_flags(parser)
     parser.add_argument("--prompt", action="append", default=[], help="may be given more than once")
     parser.add_argument("--prompts_file", type=path_of, help="one prompt a line")
     parser.add_argument("--num_images", type=int, default=1, help="per prompt")
@@ -257,8 +264,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sampler", help="ddpm | ddim | euler | heun; default: the run's")
     parser.add_argument("--height", type=int, help="pixels; default: the run's")
     parser.add_argument("--width", type=int)
-    parser.add_argument("--ema", choices=("ema", "raw"), help="averaged (default) or last parameters")
-    parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
     parser.add_argument("--long_prompt", choices=("truncate", "error"), default="truncate")
     parser.add_argument("--output", type=path_of, default=Path("pictures"), help="folder for the PNG files")
     add_flags(parser)

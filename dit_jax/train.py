@@ -94,10 +94,10 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
     """
     # ---- what there is
     mesh = make_mesh(jax.devices())
+    source = build.make_source(config, "train")  # first: a folder that is not there must cost no download
     with offer_embedded():
         vae, text_encoder = build.make_vae(config), build.make_text_encoder(config)
     preview = build.make_preview_vae(config, vae)
-    source = build.make_source(config, "train")
     notes = build.resolve(config, len(source), vae.shape, text_encoder.shape, mesh.size)
     dtype = build.compute_dtype(config.dtype, jax.devices()[0])
     model, process = build.make_model(config, dtype), build.make_process(config)

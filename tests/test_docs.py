@@ -5,6 +5,10 @@ the code, shapes and parameters, the layers of the house. Numbers and names in b
 languages, section by section.
 """
 
+import contextlib
+import functools
+import importlib
+import io
 import re
 import tokenize
 from collections import Counter
@@ -99,17 +103,25 @@ def test_what_is_linked_to_is_there(document):
             assert ((REPOSITORY / document).parent / target).exists(), target
 
 
+@functools.cache
+def help_of(program: str) -> str:
+    """What ``python -m dit_jax.PROGRAM --help`` prints."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
+        importlib.import_module(f"dit_jax.{program}").main(["--help"])
+    return said.getvalue()
+
+
 @each_document
 def test_commands_name_programs_flags_keys_and_configs_that_exist(document):
     for command in commands(document):
         program = re.search(r"python -m dit_jax\.(\w+)", command)
         if program:
-            source = "".join((PACKAGE / f"{name}.py").read_text(encoding="utf-8") for name in (program[1], "runtime"))
             for flag in FLAG.findall(command):
                 if flag.startswith("config."):
                     assert flag.removeprefix("config.") in KEYS, command
                 else:
-                    assert f'"--{flag}"' in source, command
+                    assert re.search(rf"--{flag}\b", help_of(program[1])), command
         for file in re.findall(r"(?:configs|launch|tools)/\w+\.\w+", command):
             assert (REPOSITORY / file).is_file(), command
 

@@ -118,3 +118,9 @@ def test_the_home_folder_is_not_a_folder_called_tilde(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main.main(tiny_flags(Path("~/mine"), total_steps="1", sample_every="0"))
     assert (tmp_path / "mine" / "checkpoints" / "1").is_dir() and not (tmp_path / "~").exists()
+
+
+def test_a_folder_that_is_not_there_is_told_before_anything_is_fetched(capsys, tmp_path):
+    flags = tiny_flags(tmp_path / "run", data__source="folder:nowhere", vae="owner/vae", text_encoder="owner/clip")
+    code, error = fails(capsys, *flags)
+    assert code == 3 and "nowhere" in error

@@ -4,8 +4,8 @@
 
 `huggingface_hub` does the transfers and lays the cache out, so HF_ENDPOINT, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE and
 proxies mean what they always mean. A branch is written to ``refs/`` only when all of its files are there and right:
-what was cut off in the middle is never taken for whole. The same `choose` looks at a cached folder, so files that
-another program has put there serve as well.
+what was cut off in the middle is never taken for whole. The same `choose` (of `listing`) looks at a cached folder, so
+files that another program has put there serve as well.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Literal, TypeVar
+from pathlib import Path, PureWindowsPath
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -37,7 +37,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 from jax.experimental import multihost_utils
 
-from dit_jax.encoders import networks, places, weights
+from dit_jax.encoders.listing import Kind, NotWhole, choose, tokenizer_folders
 from dit_jax.encoders.places import HUB_ID
 from dit_jax.encoders.tokenizer import FILES
 from dit_jax.errors import FetchError
@@ -57,16 +57,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
-Kind = places.Kind | Literal["model"]  # model: an exported one, with the encoders that lie in it
-EXPORTED_ENCODERS = re.compile(r"(vae|text_encoder)/.+\.(json|txt|safetensors|msgpack)")
-ORBAX_INDEX = "orbax/_METADATA"  # names all arrays of an Orbax checkpoint
-
 T = TypeVar("T")
-Open = Callable[[str], Path]  # the local file of a name in the repository
-
-
-class _NotWhole(Exception):
-    """A listing, of the hub or of the cache, lacks what the network needs; the text says what."""
 
 
 class _NoAnswer(Exception):
@@ -122,117 +113,7 @@ def fetch(spec: str, kind: Kind) -> Path:
     return root / hub_id.subfolder
 
 
-# ------------------------------------------------------------------------------------------- which files to take
-
-
-def choose(names: set[str], open_file: Open, base: str, kind: Kind) -> list[str]:
-    """Of all names of a repository, those that an encoder or exported model is read from, the small ones first.
-
-    Args:
-      names: relative to the repository's top.
-      open_file: gives the local file of one of them; used for indices, which name further files.
-      base: the folder that was asked for, "" for the top.
-      kind: of the network.
-
-    Raises:
-      _NotWhole: a needed file is not among them or damaged, or only pickles are there.
-    """
-    if kind == "model":
-        return _export_files(names, base)
-    small: list[str] = []
-    large: list[str] = []
-    for folder in _network_folders(names, open_file, base, kind):
-        config = _join(folder, "config.json")
-        if config not in names:
-            known = sorted(str(PurePosixPath(name).parent) for name in names if name.endswith("/config.json"))
-            raise _NotWhole(f"there is no {config}" + (f"; there is one in {', '.join(known)}" if known else ""))
-        small.append(config)
-        if kind == "text_encoder":
-            small += _tokenizer_files(names, folder)
-        for name in _weight_set(names, open_file, folder):
-            (small if name.endswith(".json") else large).append(name)
-    return small + large
-
-
-def _export_files(names: set[str], base: str) -> list[str]:
-    """The files of an exported model; the encoders that it only names are fetched by their own ids.
-
-    The one that shows that the parameters are there comes last: a fetch that was cut off lacks it.
-    """
-    below = {name.removeprefix(_join(base, "")) for name in names if name.startswith(_join(base, ""))}
-    if "config.json" not in below:
-        raise _NotWhole(f"there is no {_join(base, 'config.json')}: it is no exported model")
-    chosen = {name for name in below if EXPORTED_ENCODERS.fullmatch(name)}
-    if "model.safetensors" in below:
-        last = "model.safetensors"
-    elif ORBAX_INDEX in below:
-        last = ORBAX_INDEX
-        chosen |= {name for name in below if name.startswith("orbax/")} - {last}
-    else:
-        here = base or "its top folder"
-        raise _NotWhole(f"there is neither model.safetensors nor orbax/ in {here}: it is no exported model")
-    return [_join(base, name) for name in ("config.json", *sorted(chosen), last)]
-
-
-def _network_folders(names: set[str], open_file: Open, base: str, kind: places.Kind) -> list[str]:
-    """The folders of one encoder below ``base``, by the rule of `places.find`."""
-    first = _join(base, kind)
-    if not any(name.startswith(f"{first}/") for name in names):
-        return [base]
-    if kind == "vae":
-        return [first]
-    if _join(first, "config.json") not in names:
-        return _network_folders(names, open_file, first, kind)
-    others = {name for name in names if re.fullmatch(re.escape(first) + r"_\d/config\.json", name)}
-    found = [first, *sorted(str(PurePosixPath(name).parent) for name in others)]
-    index = _join(base, "model_index.json")
-    if index not in names:
-        return found
-    # SD3's third text encoder is a T5 of many gigabytes, which nothing here reads.
-    classes = weights.read_json(open_file(index))
-    return [folder for folder in found if _class_of(classes, PurePosixPath(folder).name) in networks.TEXT_CLASSES]
-
-
-def _class_of(model_index: dict[str, Any], component: str) -> str:
-    """The class of a component of a pipeline, whose ``model_index.json`` has ``name: [library, class]``."""
-    entry = model_index.get(component)
-    return entry[1] if isinstance(entry, list) and len(entry) == 2 else ""
-
-
-def _tokenizer_files(names: set[str], folder: str) -> list[str]:
-    """The tokenizer's files of the text encoder in ``folder``, by the rule of `tokenizer.find_tokenizer`."""
-    candidates = _tokenizer_folders(folder)
-    for candidate in candidates:
-        found = [name for name in FILES if _join(candidate, name) in names]
-        if "tokenizer.json" in found or {"vocab.json", "merges.txt"} <= {*found}:
-            return [_join(candidate, name) for name in found]
-    raise _NotWhole(
-        "there is no tokenizer (tokenizer.json, or vocab.json and merges.txt) in "
-        + " or ".join(candidate or "its top folder" for candidate in candidates)
-    )
-
-
-def _tokenizer_folders(folder: str) -> list[str]:
-    """Where the tokenizer of the text encoder in ``folder`` may lie."""
-    if not folder:
-        return [folder]
-    place = PurePosixPath(folder)
-    sibling = place.name.replace("text_encoder", "tokenizer") if "text_encoder" in place.name else "tokenizer"
-    return [folder, str(place.with_name(sibling))]
-
-
-def _weight_set(names: set[str], open_file: Open, folder: str) -> list[str]:
-    """One set of weights, by the rule of `weights.choose`."""
-    here = {PurePosixPath(name).name for name in names if str(PurePosixPath(name).parent) == (folder or ".")}
-    try:
-        chosen = weights.choose(here, lambda name: open_file(_join(folder, name)), folder or "its top folder")
-    except (FileNotFoundError, ValueError) as error:
-        raise _NotWhole(str(error)) from error
-    return [_join(folder, name) for name in chosen]
-
-
-def _join(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
+# ---------------------------------------------------------------------------------------------- cache and network
 
 
 def _refuse_escapes(names: Iterable[str], hub_id: HubId) -> None:
@@ -240,9 +121,6 @@ def _refuse_escapes(names: Iterable[str], hub_id: HubId) -> None:
     for name in names:
         if not name or PureWindowsPath(name).anchor or ".." in re.split(r"[/\\]", name):
             raise FetchError(f"{hub_id} lists the file {name!r}, which lies outside of its folder; nothing was fetched")
-
-
-# ---------------------------------------------------------------------------------------------- cache and network
 
 
 def _fetch(hub_id: HubId, kind: Kind) -> Path:
@@ -261,8 +139,8 @@ def _fetch(hub_id: HubId, kind: Kind) -> Path:
             return cached
         offline = "unset HF_HUB_OFFLINE, " if constants.HF_HUB_OFFLINE else ""
         raise FetchError(
-            f"there is no folder {_join(hub_id.repo, hub_id.subfolder).rstrip('/')} here, and the hub id {hub_id}"
-            f" cannot be fetched from {constants.ENDPOINT} and is not cached whole in {constants.HF_HUB_CACHE}:"
+            f"there is no folder {str(hub_id).partition('@')[0]} here, and the hub id {hub_id} cannot be"
+            f" fetched from {constants.ENDPOINT} and is not cached whole in {constants.HF_HUB_CACHE}:"
             f" {reason}; {offline}set HF_ENDPOINT to a mirror, or give a folder with {_by_hand(hub_id, kind)}"
         ) from reason
 
@@ -278,7 +156,7 @@ def _by_hand(hub_id: HubId, kind: Kind) -> str:
     network = page(hub_id.subfolder) + ("" if hub_id.subfolder else " (of a pipeline: with its subfolders)")
     if kind == "vae":
         return f"config.json and diffusion_pytorch_model.safetensors of {network}"
-    tokenizer = page(_tokenizer_folders(hub_id.subfolder)[-1])
+    tokenizer = page(tokenizer_folders(hub_id.subfolder)[-1])
     return f"config.json and model.safetensors of {network} and what there is of {', '.join(FILES)} of {tokenizer}"
 
 
@@ -294,7 +172,7 @@ def _cached(hub_id: HubId, kind: Kind) -> Path | None:
     names = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
     try:
         chosen = choose(names, root.joinpath, hub_id.subfolder, kind)
-    except _NotWhole:
+    except NotWhole:
         return None
     for name in chosen:
         _refuse_links_out(root / name)
@@ -328,7 +206,7 @@ def _download(hub_id: HubId, kind: Kind) -> Path:
 
     try:
         chosen = choose(set(files), get, hub_id.subfolder, kind)
-    except _NotWhole as reason:
+    except NotWhole as reason:
         raise FetchError(f"{hub_id} cannot be used: {reason}") from reason
     absent = [name for name in chosen if not (root / name).is_file()]
     total = sum(files[name].size or 0 for name in absent)

@@ -22,7 +22,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
-from dit_jax.encoders import hub, load_text_encoder, load_vae
+from dit_jax.encoders import hub, listing, load_text_encoder, load_vae
 from dit_jax.errors import FetchError
 from tests.tiny_run import tiny_flags
 
@@ -288,7 +288,7 @@ CONFIG = {"config.json"}
 def test_one_set_of_weights(tmp_path, there, taken):
     shards = {"weight_map": {str(i): f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(shards))
-    assert set(hub.choose(CONFIG | there, tmp_path.joinpath, "", "vae")) == CONFIG | taken
+    assert set(listing.choose(CONFIG | there, tmp_path.joinpath, "", "vae")) == CONFIG | taken
 
 
 def test_an_index_that_names_other_places_is_refused(served, online):
@@ -526,7 +526,7 @@ def test_an_exported_model_of_the_hub_draws_what_its_folder_draws(tiny_run, serv
     assert "there is neither model.safetensors nor orbax/ in its top folder" in refusal("lab/vae", "model")
 
 
-@pytest.mark.parametrize("last", ["model.safetensors", hub.ORBAX_INDEX])
+@pytest.mark.parametrize("last", ["model.safetensors", listing.ORBAX_INDEX])
 def test_an_exported_model_that_came_in_half_is_not_whole(served, online, last):
     """Every attempt breaks off at one file more, and a pinned commit that is whole would not be asked for again."""
     names = ("config.json", "vae/config.json", "vae/model.safetensors", "orbax/d/0", "orbax/manifest.ocdbt", last)
