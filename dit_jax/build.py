@@ -224,8 +224,9 @@ def describe_encoders(config: ConfigDict) -> tuple["VAEShape", "TextShape"]:
 
 def make_source(config: ConfigDict, part: Literal["train", "validation"]) -> "Source":
     """The records to train on (``part="train"``) or those set aside (``"validation"``)."""
+    from dit_jax.data.folder import Folder
     from dit_jax.data.shapes_world import ShapesWorld
-    from dit_jax.data.sources import Folder, split
+    from dit_jax.data.sources import split
 
     kind, _, place = config.data.source.partition(":")
     if kind == "shapes" and not place:
@@ -248,7 +249,8 @@ def choose_flip(config: ConfigDict, source: "Source") -> bool:
     """Whether half of the pictures are mirrored: as told, or where no caption speaks of left and right."""
     from dit_jax.data.transforms import captions_speak_of_sides
 
-    choices = {"on": lambda: True, "off": lambda: False, "auto": lambda: not captions_speak_of_sides(source.captions())}
+    all_captions = (caption for captions in source.captions() for caption in captions)
+    choices = {"on": lambda: True, "off": lambda: False, "auto": lambda: not captions_speak_of_sides(all_captions)}
     return _choose("data.flip", config.data.flip, choices)()
 
 

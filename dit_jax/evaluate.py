@@ -100,9 +100,9 @@ def score_nearest(pipeline: Pipeline, full: bool) -> tuple[Scores, Image.Image, 
         except BadRecord:
             continue
         pixels.append(small_pixels(cut(record.image, pipeline.config.data.image_size, 0.5, 0.5)))
-        captions.append(record.caption)
+        captions.append(record.captions)
     chosen = np.linspace(0, len(captions) - 1, min(CAPTIONS, len(captions))).astype(int)
-    prompts = [captions[i] for i in chosen]
+    prompts = [captions[i][0] for i in chosen]
     pictures = pipeline.draw(prompts, range(len(prompts)))
     share = float(hits(list(pictures), prompts, np.stack(pixels), captions).mean())
     print(f"{len(prompts)} captions of {len(captions)} training records", flush=True)

@@ -141,7 +141,9 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
         closing(make_progress(config, writer, start, training_flops(model, side, side), mesh)) as progress,
     ):
         pipeline = Pipeline(config, preview, text_encoder, state.ema, Trained(start, "ema", **identity))
-        prompts = config.sample.prompts or tuple(itertools.islice(source.captions(), GRID))
+        prompts = config.sample.prompts or tuple(
+            captions[0] for captions in itertools.islice(filter(None, source.captions()), GRID)
+        )
         draw = functools.partial(draw_samples, pipeline, prompts, workdir / "samples", writer)
         coming = map(functools.partial(put_batch, mesh=mesh), encoded_batches(start, stop))
         steps = range(start + 1, stop + 1)

@@ -1,9 +1,14 @@
 # ---
 # jupyter:
+#   accelerator: GPU
 #   jupytext:
 #     formats: ipynb,py:percent
 #     notebook_metadata_filter: accelerator,kernelspec,jupytext
-#   accelerator: GPU
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -93,7 +98,7 @@ workdir = Path("runs") / ("notebook_fast" if FAST else "notebook")
 source = build.make_source(config, "train")
 print(f"{len(source):,} pictures; the first eight:")
 for i in range(8):
-    print("  ", source[i].caption)
+    print("  ", source[i].captions[0])
 make_grid([Image.fromarray(source[i].image) for i in range(8)], columns=8)
 
 # %%

@@ -65,7 +65,9 @@ def test_nearest_counts_pictures_that_look_like_their_captions_own():
     source = make_source(tiny_config(), "train")
     records = [source[i] for i in range(len(source))]
     rng = np.random.default_rng(0)
-    noisy = {r.caption: np.clip(r.image + rng.normal(0, 5, r.image.shape), 0, 255).astype(np.uint8) for r in records}
+    noisy = {
+        r.captions[0]: np.clip(r.image + rng.normal(0, 5, r.image.shape), 0, 255).astype(np.uint8) for r in records
+    }
     data = source.fingerprint()
     scores, grid, line = evaluate.score_nearest(Painter(noisy, tiny_config(), data), full=False)
     assert scores == {"prompts": COUNT, "hits": 1.0} and line == "nearest: hits=1.00"

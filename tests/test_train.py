@@ -95,7 +95,7 @@ class LongCaptions:
     def __getitem__(self, index):
         caption = Caption(f"{index} red circles " * 20)
         self.given.append(weakref.ref(caption))
-        return Record(np.full((64, 64, 3), index, np.uint8), caption, str(index))
+        return Record(np.full((64, 64, 3), index, np.uint8), (caption,), str(index))
 
     def held(self) -> int:
         gc.collect()

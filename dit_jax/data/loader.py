@@ -173,7 +173,7 @@ class Samples:
         image = cut(record.image, self.image_size, across, down)
         if self.flip and is_mirrored(k, self.seed):
             image = mirror(image)
-        return Sample(image, record.caption, index, used, replaced)
+        return Sample(image, record.captions[0], index, used, replaced)
 
 
 def batches(
@@ -229,7 +229,7 @@ def scan(
 
     def sample(index: int) -> Sample:
         record, used, replaced = read(source, index, seed)
-        return Sample(cut(record.image, image_size, 0.5, 0.5), record.caption, index, used, replaced)
+        return Sample(cut(record.image, image_size, 0.5, 0.5), record.captions[0], index, used, replaced)
 
     stream = _ahead(sample, 0, len(source), 2 * chunk_size, threads, workers)
     with contextlib.closing(stream):

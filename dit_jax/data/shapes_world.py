@@ -185,7 +185,7 @@ class ShapesWorld:
     def __getitem__(self, i: int) -> Record:
         """Picture i and its caption. Raises IndexError outside the source."""
         scene = self.scene(i)
-        return Record(render(scene), scene.caption, f"shapes:{self.seed}:{i}")
+        return Record(render(scene), (scene.caption,), f"shapes:{self.seed}:{i}")
 
     def scene(self, i: int) -> Scene:
         """What picture i shows. Raises IndexError outside the source."""
@@ -197,9 +197,13 @@ class ShapesWorld:
         """The id of every picture, in order."""
         return (f"shapes:{self.seed}:{i}" for i in range(len(self)))
 
-    def captions(self) -> Iterable[str]:
+    def size(self, i: int) -> tuple[int, int]:
+        """Height and width of every picture."""
+        return IMAGE_SIZE, IMAGE_SIZE
+
+    def captions(self) -> Iterable[tuple[str, ...]]:
         """The caption of every picture, in order."""
-        return (self.scene(i).caption for i in range(len(self)))
+        return ((self.scene(i).caption,) for i in range(len(self)))
 
     def fingerprint(self) -> str:
         """Changes with anything that changes a picture or caption.
@@ -211,7 +215,7 @@ class ShapesWorld:
         digest.update(repr((self.seed, len(self), self.objects, self.combinations)).encode())
         for i in range(min(16, len(self))):
             record = self[i]
-            digest.update(record.image.tobytes() + record.caption.encode())
+            digest.update(record.image.tobytes() + record.captions[0].encode())
         return digest.hexdigest()
 
 

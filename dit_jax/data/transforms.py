@@ -5,12 +5,13 @@ a square and resizes it, `mirror` flips left and right. Nothing here draws rando
 `cut` whose place the caller has drawn.
 """
 
+import contextlib
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # A written list, because Pillow knows formats that start other programs (EPS starts Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -40,12 +41,34 @@ def decode(content: bytes) -> np.ndarray:
       PictureError: empty, truncated or unknown content, a side shorter than two pixels, or more pixels than
         ``PIL.Image.MAX_IMAGE_PIXELS`` (a decompression bomb).
     """
+    with _opened(content) as image:
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def picture_size(content: bytes) -> tuple[int, int]:
+    """Height and width of what `decode` returns, from the head of a file; it may be all that is given.
+
+    A PNG that says behind its pixels how it is turned is taken as it lies.
+
+    Raises:
+      PictureError: as of `decode`, but for pixels that are damaged: they are not looked at.
+    """
+    with _opened(content) as image:
+        width, height = image.size
+        says_it_here = image.format != "PNG" or "exif" in image.info  # else Pillow would read all of a PNG
+        turned = says_it_here and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return (width, height) if turned else (height, width)
+
+
+@contextlib.contextmanager
+def _opened(content: bytes) -> Iterator[Image.Image]:
+    """A picture whose pixels are not decoded yet; whatever is wrong with it, or found wrong with it, is told."""
     if not content:
         raise PictureError("empty file (0 bytes)")
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             _check_size(*image.size)
-            return _to_rgb(ImageOps.exif_transpose(image))
+            yield image
     except PictureError:
         raise
     except UnidentifiedImageError as error:  # its message holds a memory address: new on every run

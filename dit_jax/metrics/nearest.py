@@ -1,8 +1,8 @@
 """Does a picture drawn for a training caption look like that caption's own picture?
 
 For every drawn picture the nearest training picture is found, by squared distance of pixels after both are averaged
-down to 32 px; it is a hit when that picture has the caption that was drawn. On a set that a model has learnt by heart
-the share of hits is near 1, for a model that ignores its text near 1 / (number of captions).
+down to 32 px; it is a hit when that picture has the caption that was drawn among its own. On a set that a model has
+learnt by heart the share of hits is near 1, for a model that ignores its text near 1 / (number of captions).
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def nearest_index(drawn: np.ndarray, training: np.ndarray) -> np.ndarray:
 
 
 def hits(
-    drawn: Sequence[np.ndarray], prompts: Sequence[str], training: np.ndarray, captions: Sequence[str]
+    drawn: Sequence[np.ndarray], prompts: Sequence[str], training: np.ndarray, captions: Sequence[Sequence[str]]
 ) -> np.ndarray:
     """Whether the nearest training picture of every drawn one has its prompt as caption.
 
@@ -34,10 +34,10 @@ def hits(
       drawn: uint8 pictures, one per prompt.
       prompts: the captions that they were drawn for.
       training: `small_pixels` of the training pictures, ``[m, F]``.
-      captions: theirs.
+      captions: all captions of each of them.
 
     Returns:
       bool ``[len(prompts)]``.
     """
     nearest = nearest_index(np.stack([small_pixels(image) for image in drawn]), training)
-    return np.array([captions[i] == prompt for i, prompt in zip(nearest, prompts, strict=True)])
+    return np.array([prompt in captions[i] for i, prompt in zip(nearest, prompts, strict=True)])

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from dit_jax.data.bad_records import BadRecords, Replaced
+from dit_jax.data.folder import Folder
 from dit_jax.data.loader import (
     Samples,
     batches,
@@ -23,7 +24,7 @@ from dit_jax.data.loader import (
     replacement,
     scan,
 )
-from dit_jax.data.sources import BadRecord, Folder, Record
+from dit_jax.data.sources import BadRecord, Record
 from dit_jax.errors import DataError
 
 SEED, SIZE, BATCH = 7, 8, 4
@@ -44,7 +45,7 @@ class Numbered(NamedTuple):
             raise BadRecord(f"record {index}", "on purpose")
         rows, columns = np.mgrid[0:SIZE, 0 : 2 * SIZE]
         image = np.stack([np.full_like(rows, index), columns, rows], axis=-1).astype(np.uint8)
-        return Record(image, f"caption {index}", f"record {index}")
+        return Record(image, (f"caption {index}",), f"record {index}")
 
 
 def tokenize(captions):

@@ -35,7 +35,7 @@ ALL_COUNTS = (1, 2, 3)
 def _digest(records) -> str:
     digest = hashlib.sha256()
     for record in records:
-        digest.update(record.image.tobytes() + record.caption.encode() + record.id.encode())
+        digest.update(record.image.tobytes() + record.captions[0].encode() + record.id.encode())
     return digest.hexdigest()
 
 
@@ -54,7 +54,7 @@ def test_a_picture_depends_on_seed_and_index_alone():
     program = (
         "from dit_jax.data.shapes_world import ShapesWorld; import hashlib; digest = hashlib.sha256()\n"
         "for record in map(ShapesWorld(7, 40, (1, 2, 3), 'seen').__getitem__, range(40)):\n"
-        "    digest.update(record.image.tobytes() + record.caption.encode() + record.id.encode())\n"
+        "    digest.update(record.image.tobytes() + record.captions[0].encode() + record.id.encode())\n"
         "print(digest.hexdigest())"
     )
     other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -190,7 +190,7 @@ def test_it_is_a_source():
     world = ShapesWorld(3, 12, (1, 2), "seen")
     records = [world[i] for i in range(len(world))]
     assert [record.id for record in records] == list(world.ids())
-    assert [record.caption for record in records] == list(world.captions())
+    assert [record.captions for record in records] == list(world.captions())
     assert all(record.image.dtype == np.uint8 for record in records)
     with pytest.raises(IndexError):
         world[12]

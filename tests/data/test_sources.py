@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_jax.data.sources import BadRecord, Folder, split
+from dit_jax.data.folder import Folder
+from dit_jax.data.sources import BadRecord, split
 from dit_jax.errors import DataError
 
 CAPTIONS = {"b.png": "a blue square", "a.png": "a red square", "sub/c.png": "a green square"}
@@ -59,8 +60,8 @@ def test_every_layout_gives_pictures_with_their_captions(pictures, write):
     # A metadata file has an order of its own; pairs are sorted.
     assert list(source.ids()) == (sorted(CAPTIONS) if write is write_pairs else list(CAPTIONS))
     for i in range(3):
-        image, caption, id = source[i]
-        assert caption == CAPTIONS[id] and source.captions()[i] == caption
+        image, captions, id = source[i]
+        assert captions == (CAPTIONS[id],) and list(source.captions())[i] == captions
         assert image.shape == (6, 8, 3) and image.dtype == np.uint8
         assert Image.new("RGB", (1, 1), COLOURS[id]).getpixel((0, 0)) == tuple(image[3, 3])
 
@@ -68,7 +69,7 @@ def test_every_layout_gives_pictures_with_their_captions(pictures, write):
 def test_a_metadata_file_is_preferred_to_pairs(pictures):
     write_pairs(pictures, CAPTIONS)
     write_jsonl(pictures, {"a.png": "from the file"})
-    assert Folder(pictures).captions() == ["from the file"]
+    assert list(Folder(pictures).captions()) == [("from the file",)]
 
 
 def test_hidden_files_are_no_data(pictures):
@@ -80,9 +81,9 @@ def test_hidden_files_are_no_data(pictures):
 
 def test_captions_are_read_as_one_line_in_any_language(pictures):
     write_pairs(pictures, {"a.png": "  a red\n square ", "b.png": "一个蓝色的\u2028正方形", "sub/c.png": "x"})
-    assert Folder(pictures).captions()[:2] == ["a red square", "一个蓝色的 正方形"]
+    assert list(Folder(pictures).captions())[:2] == [("a red square",), ("一个蓝色的 正方形",)]
     write_jsonl(pictures, {"a.png": "line\u2028separator"})
-    assert Folder(pictures).captions() == ["line separator"]
+    assert list(Folder(pictures).captions()) == [("line separator",)]
 
 
 def test_every_kind_of_bad_record_is_named_with_its_reason(pictures, monkeypatch):
@@ -115,7 +116,7 @@ def test_every_kind_of_bad_record_is_named_with_its_reason(pictures, monkeypatch
     (pictures / "metadata.jsonl").write_bytes(b"\n\n".join(rows))
 
     source, bad = Folder(pictures), {}
-    assert len(source) == len(rows) == len(list(source.ids())) == len(source.captions())
+    assert len(source) == len(rows) == len(list(source.ids())) == len(list(source.captions()))
     for i in range(2, len(source)):
         with pytest.raises(BadRecord) as error:
             source[i]
@@ -161,7 +162,7 @@ def test_a_pair_without_its_text_is_bad(pictures):
 def test_a_short_row_of_a_csv_is_bad(pictures):
     (pictures / "metadata.csv").write_text("file_name,text\na.png,red\nb.png\n")
     source = Folder(pictures)
-    assert source[0].caption == "red"
+    assert source[0].captions == ("red",)
     with pytest.raises(BadRecord, match=r"b\.png: no caption"):
         source[1]
 
@@ -170,10 +171,10 @@ def test_a_failing_disk_is_not_a_bad_record(pictures, monkeypatch):
     write_pairs(pictures, CAPTIONS)
     source = Folder(pictures)
 
-    def fail(self):
+    def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(DataError, match="Input/output error"):
         source[0]
 
@@ -187,7 +188,7 @@ def test_links_of_a_download_cache_are_followed(pictures, tmp_path_factory):
     snapshot = tmp_path_factory.mktemp("snapshot")
     (snapshot / "a.png").symlink_to(pictures / "a.png")
     write_jsonl(snapshot, {"a.png": "a red square"})
-    assert Folder(snapshot)[0].caption == "a red square"
+    assert Folder(snapshot)[0].captions == ("a red square",)
 
 
 def message(folder):

@@ -11,8 +11,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
+from dit_jax.data.folder import Folder
 from dit_jax.data.shapes_world import IMAGE_SIZE, Scene, ShapesWorld, render
-from dit_jax.data.sources import BadRecord, Folder, Record, Source, split
+from dit_jax.data.sources import BadRecord, Record, Source, split
 
 VALIDATION_FRACTION = 0.1  # of the folder
 FOLDER_SIZE = 128  # px; side of the pictures of the folder
@@ -35,7 +36,7 @@ def read_folder(path: str | Path, part: Literal["train", "validation"]) -> Capti
     for record in records:
         if record.image.shape != (FOLDER_SIZE, FOLDER_SIZE, 3):
             raise ValueError(f"{record.id} is {record.image.shape[:2]}, expected {FOLDER_SIZE} x {FOLDER_SIZE}")
-    return Captioned(np.stack([record.image for record in records]), [record.caption for record in records])
+    return Captioned(np.stack([record.image for record in records]), [record.captions[0] for record in records])
 
 
 def _good_records(source: Source) -> Iterator[Record]:
