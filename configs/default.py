@@ -64,9 +64,13 @@ def get_config() -> ConfigDict:
     c.data.num_pictures = 20_000  # shapes only: how many different pictures are drawn
     c.data.max_objects = 2  # shapes only: 1, 2 or 3 objects a picture
     c.data.encode = "once"  # once: encoder outputs are kept in memory | every_step: for sets that do not fit
+    c.data.storage_dtype = "float16"  # what latents are kept in, in memory and in a cache: float16 | float32
+    # 0: squares. More: at most so many shapes of about image_size**2 pixels, a batch has one of them, nothing is squared
+    c.data.buckets = 0
     c.data.validation_fraction = 0.0  # set aside by a hash of their id; not trained on, not scored yet
     c.data.max_bad_fraction = 0.01  # more unreadable records than this stop the run
-    c.data.workers = 0  # processes that read and decode; 0: threads of this one
+    c.data.workers = 0  # processes that read and decode; 0: threads of this one. From a cache: threads that gather
+    c.data.patience = 600.0  # seconds without a batch after which the run ends, saying so; 0 waits for ever
 
     # ---- diffusion
     c.diffusion = ConfigDict()

@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     c.save_every = 1_000
     c.sample_every = 1_000
     c.data.image_size = 64
+    c.data.storage_dtype = "float32"  # the set is small
     c.latents.normalize = "measured"
     c.diffusion.schedule = "rectified_flow"
     c.diffusion.prediction = "flow"

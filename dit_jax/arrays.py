@@ -19,11 +19,14 @@ raw batch      made by ``data.loader``    what the frozen encoders read
 ``mask``       bool [B, S]                true from BOS to EOS
 ``index``      int64 [B]                  which record of the source was used (after any replacement)
 encoded batch  made by ``training.encode``  what the train step reads
-``mean`` ``std``   float32 [B, h, w, C]   raw moments of the latents (VAE posterior, unscaled)
-``hidden``     float32 [B, S, E]          text states, zero where padded
-``pooled``     float32 [B, P]
+``mean`` ``std``   [B, h, w, C]           raw moments of the latents (VAE posterior, unscaled)
+``hidden``     bfloat16 [B, S, E]         text states, zero where padded
+``pooled``     bfloat16 [B, P]
 ``mask``       bool [B, S]
 =============  =========================  ==========================================================
+
+Moments are float16 or float32, as ``data.storage_dtype`` says. Encoded batches travel as they are stored, and the
+train step computes with them in float32. S is the longest caption of a set that is encoded as a whole.
 """
 
 from typing import Any, NamedTuple

@@ -49,7 +49,8 @@ def memory(spec: str, overrides: dict[str, str]) -> None:
     for remat, step in steps.items():
         kept = saved_bytes(step, B // config.accumulate // mesh.size, side, side)
         state = abstract_state(step.model, step.optimizer, side, side, mesh)
-        batch = with_sharding(abstract_batch(step.model, B, side, side), batch_sharding(mesh))
+        batch = abstract_batch(step.model, B, side, side, config.data.storage_dtype)
+        batch = with_sharding(batch, batch_sharding(mesh))
         found = compiled_bytes(step.compile(state, batch))
         row = [kept, found["temporaries"], found["total"]]
         print(f"| {remat} | " + " | ".join(f"{n / MIB:,.0f}" for n in row) + " |", flush=True)

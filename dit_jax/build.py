@@ -65,6 +65,7 @@ def resolve(
             f"batch_size {config.batch_size} is not divisible by accumulate {config.accumulate} x {num_devices} devices"
         )
     _choose("data.encode", config.data.encode, dict.fromkeys(("once", "every_step")))
+    _choose("data.storage_dtype", config.data.storage_dtype, dict.fromkeys(("float16", "float32")))
     _choose("data.crop", config.data.crop, dict.fromkeys(("center", "random")))
     _choose("latents.normalize", config.latents.normalize, dict.fromkeys(("vae", "measured")))
     if config.wandb_project and importlib.util.find_spec("wandb") is None:
@@ -110,6 +111,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             "sample_every",
             "keep_every",
             "data.workers",
+            "data.patience",
             "learning_rate",
             "weight_decay",
             "sample.guidance_scale",
@@ -119,6 +121,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("above 0", lambda x: x > 0, ("clip_norm",)),
     ("in [0, 1)", lambda x: 0 <= x < 1, ("adam_b1", "adam_b2", "muon_momentum", "ema_decay")),
     ("in [0, 1]", lambda x: 0 <= x <= 1, ("model.dropout", "caption_dropout", "sample.eta")),
+    ("in [0, 255]", lambda x: 0 <= x <= 255, ("data.buckets",)),
     ("in [0, 2**32)", lambda x: 0 <= x < 2**32, ("seed",)),
 )
 

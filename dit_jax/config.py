@@ -21,7 +21,13 @@ from dit_jax.errors import CheckpointError, ConfigError
 SECTIONS = ("latents", "data", "diffusion", "model", "sample")
 
 # What keys mean that the config.json of an older run does not have.
-ADDED = {"init_from": "", "preview_vae": ""}
+ADDED = {
+    "init_from": "",
+    "preview_vae": "",
+    "data.storage_dtype": "float32",
+    "data.buckets": 0,
+    "data.patience": 600.0,
+}
 TRAINED = "trained"  # what the config.json of an export says beside the config: see dit_jax.stored
 
 # What a run that is resumed may change; every other key must be what it was.
@@ -40,6 +46,7 @@ CHANGEABLE = (
     "preview_vae",
     "data.source",
     "data.workers",
+    "data.patience",
     "sample.sampler",
     "sample.eta",
     "sample.steps",
@@ -112,10 +119,12 @@ def read_json(path: Path) -> ConfigDict:
     """A resolved config, as a run or an export keeps it."""
     found = _tuples(_read_object(path))
     try:
-        config = ConfigDict(ADDED | {key: found[key] for key in found if key != TRAINED})
+        config = _with_sections(ConfigDict({key: found[key] for key in found if key != TRAINED}), path)
     except ValueError as error:
         raise ConfigError(f"{path} is not a config: {error}") from error
-    return _with_sections(config, path)
+    for key in ADDED.keys() - flatten(config).keys():
+        _set(config, key, ADDED[key])
+    return config
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -171,11 +180,16 @@ def apply_overrides(config: ConfigDict, overrides: Mapping[str, str]) -> None:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise ConfigError(f"unknown key {key!r}{hint}")
-        *parents, last = key.split(".")
-        section = config
-        for parent in parents:
-            section = section[parent]
-        section[last] = _parse(key, text, known[key])
+        _set(config, key, _parse(key, text, known[key]))
+
+
+def _set(config: ConfigDict, key: str, value: Any) -> None:
+    """Set a value by its dotted key."""
+    *parents, last = key.split(".")
+    section = config
+    for parent in parents:
+        section = section[parent]
+    section[last] = value
 
 
 def _parse(key: str, text: str, old: Any) -> Any:

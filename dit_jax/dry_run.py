@@ -138,7 +138,8 @@ def report(config: ConfigDict, name: str, device_name: str | None) -> None:
     if not config.latents.scale:  # measured in training; any will do for a step on zeros
         config.latents.shift, config.latents.scale = (0.0,) * vae.channels, (1.0,) * vae.channels
     step = build.make_step(config, model, process, optimizer, learning_rate)
-    batch = with_sharding(abstract_batch(model, config.batch_size, side, side), batch_sharding(mesh))
+    batch = abstract_batch(model, config.batch_size, side, side, config.data.storage_dtype)
+    batch = with_sharding(batch, batch_sharding(mesh))
     say_measured(config, step, state, batch, lambda: init_state(model, optimizer, jax.random.key(0), side, side, mesh))
 
 

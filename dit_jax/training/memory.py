@@ -10,21 +10,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Var
+from jax.typing import DTypeLike
 
 from dit_jax.models.dit import DiT
 from dit_jax.training.state import init_params
 from dit_jax.training.step import Batch, TrainStep
 
 
-def abstract_batch(model: DiT, B: int, h: int, w: int) -> Batch:
-    """Shapes and dtypes of an encoded batch of B samples for an ``h x w`` latent grid."""
+def abstract_batch(model: DiT, B: int, h: int, w: int, dtype: DTypeLike) -> Batch:
+    """Shapes and dtypes of an encoded batch of B samples for an ``h x w`` latent grid, whose moments are kept in ``dtype``."""
     S, E, P = model.text_length, model.text_width, model.pooled_width
-    moments = jax.ShapeDtypeStruct((B, h, w, model.in_channels), jnp.float32)
+    moments = jax.ShapeDtypeStruct((B, h, w, model.in_channels), dtype)
     return {
         "mean": moments,
         "std": moments,
-        "hidden": jax.ShapeDtypeStruct((B, S, E), jnp.float32),
-        "pooled": jax.ShapeDtypeStruct((B, P), jnp.float32),
+        "hidden": jax.ShapeDtypeStruct((B, S, E), jnp.bfloat16),
+        "pooled": jax.ShapeDtypeStruct((B, P), jnp.bfloat16),
         "mask": jax.ShapeDtypeStruct((B, S), jnp.bool_),
     }
 
@@ -37,7 +38,7 @@ def saved_bytes(step: TrainStep, B: int, h: int, w: int) -> int:
     """
     params = jax.eval_shape(lambda key: init_params(step.model, key, h, w), jax.random.key(0))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
-    return residual_bytes(step.loss, params, abstract_batch(step.model, B, h, w), keys, jax.random.key(0))
+    return residual_bytes(step.loss, params, abstract_batch(step.model, B, h, w, jnp.float32), keys, jax.random.key(0))
 
 
 def residual_bytes(function: Callable[..., Any], *args: Any) -> int:

@@ -119,13 +119,13 @@ class TrainStep:
         """Mean loss over a batch whose samples draw from ``keys [B]``; float32 scalar."""
         B = keys.shape[0]
         key_latents, key_time, key_noise, key_caption = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys)
-        mean, std = batch["mean"], batch["std"]
+        mean, std, hidden, pooled = (batch[key].astype(jnp.float32) for key in ("mean", "std", "hidden", "pooled"))
         noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(key_latents)
         x0 = self.to_model_latents(mean + std * noise)
         t = self.sample_times(key_time)
         x_t, targets = self.process.corrupt(key_noise, x0, t)
 
-        text = TextStates(batch["hidden"], batch["pooled"], batch["mask"])
+        text = TextStates(hidden, pooled, batch["mask"])
         null = self.model.apply({"params": params}, B, method="null_text")
         S = text.mask.shape[1]  # of this data; the null caption, of one token, is as long as the encoder allows
         null = TextStates(null.hidden[:, :S], null.pooled, null.mask[:, :S])

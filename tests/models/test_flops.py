@@ -105,7 +105,9 @@ def test_the_equation_of_memory_is_what_the_traced_step_keeps(remat, dtype, bloc
 def test_the_prediction_is_near_what_the_compiler_sets_aside(remat):
     """Two blocks of the small model in float32, which XLA for CPU computes in; not much less than it needs."""
     step, state = step_of({"num_layers": 2}, 8, remat=remat, dtype=jnp.float32)
-    batch = with_sharding(abstract_batch(step.model, 8, 32, 32), batch_sharding(make_mesh(jax.devices()[:1])))
+    batch = with_sharding(
+        abstract_batch(step.model, 8, 32, 32, jnp.float32), batch_sharding(make_mesh(jax.devices()[:1]))
+    )
     needed = compiled_bytes(step.compile(state, batch))["total"]
     said = 5 * 4 * count_parameters(state.params) + 8 * activation_bytes(step.model, 32, 32)
     assert 0.85 < said / needed < 1.25
