@@ -56,14 +56,19 @@ class BadRecords:
             self._listed.add(row.id)
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row._asdict()) + "\n")
-        allowed = self._max_bad_fraction * self._num_records
-        if len(self) > max(allowed, 1 if allowed else 0):  # one is not many, however small the source
+        if too_many(len(self), self._max_bad_fraction, self._num_records):
             first = "; ".join(itertools.islice(dict.fromkeys(self._seen.values()), 3))
             listed = f" (all so far in {self._path})" if self._path else ""
             raise DataError(
                 f"{len(self)} of {self._num_records} records are bad, more than "
                 f"data.max_bad_fraction={self._max_bad_fraction} allows; the first: {first}{listed}"
             )
+
+
+def too_many(bad: float, max_bad_fraction: float, num_records: int) -> bool:
+    """Whether so many bad records of a source are more than a run bears."""
+    allowed = max_bad_fraction * num_records
+    return bad > max(allowed, 1 if allowed else 0)  # one is not many, however small the source
 
 
 def _listed_ids(path: Path) -> set[str]:
