@@ -5,6 +5,7 @@ little more than ASCII: accents are dropped, symbols are written by their names 
 counted, so a cell may read ``a [red heart] on [4 CJK characters]``.
 """
 
+import bisect
 import re
 import unicodedata
 from collections import Counter
@@ -89,8 +90,11 @@ def _usable(source: Source, count: int) -> Iterator[Record]:
 
 
 class _Cell(NamedTuple):
+    """What a cell shows; ``height`` in pixels."""
+
     picture: Image.Image
-    name: list[str]
+    name: str
+    size: str
     caption: list[str]
 
     @property
@@ -101,15 +105,14 @@ class _Cell(NamedTuple):
 def _make_cell(record: Record) -> _Cell:
     height, width = record.image.shape[:2]
     size = f"{width} x {height}"
-    name_font = _font(NAME_SIZE)
-    room = SIDE - name_font.getlength(f"{size}    ")
-    name = _shorten_name(showable(record.id), name_font, room)
+    font = _font(NAME_SIZE)
+    name = _shorten_name(showable(record.id), font, SIDE - font.getlength(f"{size}    "))
     more = len(record.captions) - 1
     caption = record.captions[0] if record.captions else ""
     text = f"{caption[:MOST_CHARACTERS]}{'...' if len(caption) > MOST_CHARACTERS else ''}"
     lines = _wrap(text, _font(CAPTION_SIZE), SIDE, MOST_LINES)
     others = [f"(and {more} more caption{'s' if more > 1 else ''})"] if more > 0 else []
-    return _Cell(_fit(record.image), [name, size], lines + others)
+    return _Cell(_fit(record.image), name, size, lines + others)
 
 
 def _draw_cell(sheet: Image.Image, draw: ImageDraw.ImageDraw, cell: _Cell, left: int, top: int) -> None:
@@ -117,9 +120,8 @@ def _draw_cell(sheet: Image.Image, draw: ImageDraw.ImageDraw, cell: _Cell, left:
     picture = cell.picture
     sheet.paste(picture, (left + (SIDE - picture.width) // 2, top + (SIDE - picture.height) // 2))
     top += SIDE + PADDING
-    name, size = cell.name
-    draw.text((left, top), name, FAINT, _font(NAME_SIZE))
-    draw.text((left + SIDE, top), size, FAINT, _font(NAME_SIZE), anchor="ra")
+    draw.text((left, top), cell.name, FAINT, _font(NAME_SIZE))
+    draw.text((left + SIDE, top), cell.size, FAINT, _font(NAME_SIZE), anchor="ra")
     top += _line_height(NAME_SIZE)
     for line in cell.caption:
         draw.text((left, top), line, DARK, _font(CAPTION_SIZE))
@@ -171,25 +173,28 @@ def _wrap(text: str, font: FreeTypeFont, room: float, most_lines: int) -> list[s
                 lines.append(line)
                 line, longer = "", word
             else:
-                fits = next(n for n in range(len(longer), 0, -1) if n == 1 or font.getlength(longer[:n]) <= room)
+                fits = max(1, _fitting(longer, font, room))
                 lines.append(longer[:fits])
                 longer = longer[fits:]
         line = longer
     lines += [line] if line else []
     if len(lines) > most_lines:
         last = lines[most_lines - 1]
-        while font.getlength(f"{last}...") > room:
-            last = last[:-1]
-        lines = [*lines[: most_lines - 1], f"{last.rstrip()}..."]
+        last = last[: _fitting(last, font, room - font.getlength("..."))].rstrip()
+        lines = [*lines[: most_lines - 1], f"{last}..."]
     return lines
 
 
 def _shorten_name(name: str, font: FreeTypeFont, room: float) -> str:
     """A name without its beginning where it is too long: the folders of a set are often all the same."""
-    shown = name[-MOST_CHARACTERS:]
-    while font.getlength(shown if shown == name else f"...{shown}") > room:
-        shown = shown[1:]
-    return shown if shown == name else f"...{shown}"
+    if font.getlength(name) <= room:
+        return name
+    return f"...{name[len(name) - _fitting(name[::-1], font, room - font.getlength('...')) :]}"
+
+
+def _fitting(text: str, font: FreeTypeFont, room: float) -> int:
+    """How many of the first characters fit."""
+    return bisect.bisect_right(range(1, len(text) + 1), room, key=lambda count: font.getlength(text[:count]))
 
 
 def _font(size: int) -> FreeTypeFont:
