@@ -45,11 +45,11 @@ NEEDS_ONLY = {
     "training/step.py": {"jax", "flax", "optax", "numpy"},
     "training/state.py": {"jax", "flax", "optax", "numpy"},
     "training/optimizer.py": {"jax", "flax", "optax", "numpy"},
-    "data/": {"numpy", "PIL", "grain", "absl"},  # never touches a device
+    "data/": {"numpy", "PIL", "grain", "absl", "pyarrow"},  # never touches a device
 }
 
 IMPORT_NAME = {"absl-py": "absl", "orbax-checkpoint": "orbax", "pillow": "PIL"}  # where it is not its own
-OPTIONAL = ["torch", "diffusers", "tensorflow", "tensorflow_datasets", "datasets", "fastapi", "wandb"]
+OPTIONAL = ["torch", "diffusers", "tensorflow", "tensorflow_datasets", "datasets", "pyarrow", "fastapi", "wandb"]
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 each_source = pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.relative_to(PACKAGE).as_posix())

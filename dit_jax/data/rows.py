@@ -1,22 +1,30 @@
 """Names, captions and faults of many records in little memory, and the sources that begin with such a list.
 
 Ten million records are ten million small objects in a list and a few arrays here: `Strings` keeps text as UTF-8 bytes
-with offsets, `Rows` keeps one row per record. A `Listed` source adds the pictures, as the bytes of files.
+with offsets, `Rows` keeps one row per record. A `Listed` source adds the pictures, as encoded bytes from wherever they
+lie; those of `Files` are the files of a folder.
 """
 
+import errno
 import hashlib
+import itertools
 import json
+import os
+import stat
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from dit_jax.data.sources import BadRecord, Record
 from dit_jax.data.transforms import PictureError, decode, picture_size
+from dit_jax.errors import DataError
 
 HEADER = 2**16  # bytes of a picture file that nearly always say how large the picture is
+TOGETHER = 2**16  # strings that become objects at once where all are read in order
 
 
 class Strings:
@@ -47,7 +55,11 @@ class Strings:
         return self.content[begin:end].tobytes().decode("utf-8", "surrogatepass")
 
     def __iter__(self) -> Iterator[str]:
-        return (self[i] for i in range(len(self)))
+        for begin in range(0, len(self), TOGETHER):
+            offsets = self.offsets[begin : begin + TOGETHER + 1].tolist()
+            content = self.content[offsets[0] : offsets[-1]].tobytes()
+            for here, after in itertools.pairwise(offsets):
+                yield content[here - offsets[0] : after - offsets[0]].decode("utf-8", "surrogatepass")
 
 
 class _Growing:
@@ -131,6 +143,11 @@ class Rows:
         """All captions of a record."""
         return tuple(self.captions[i] for i in range(*self.first[index : index + 2].tolist()))
 
+    def all_captions(self) -> Iterator[tuple[str, ...]]:
+        """All captions of every record, in order; none where a record has none."""
+        captions = iter(self.captions)
+        return (tuple(itertools.islice(captions, count)) for count in np.diff(self.first))
+
 
 class Listed(ABC):
     """A source (`dit_jax.data.sources.Source`) of listed records whose pictures are the bytes of files.
@@ -192,7 +209,7 @@ class Listed(ABC):
 
     def captions(self) -> Iterable[tuple[str, ...]]:
         """All captions of every record; none where it has none."""
-        return (self.rows.captions_of(i) for i in range(len(self)))
+        return self.rows.all_captions()
 
     def fingerprint(self) -> str:
         """SHA-256 of ids, captions and stamps."""
@@ -201,3 +218,61 @@ class Listed(ABC):
             stamp = None if i in self.rows.problems else self.stamp(i)
             digest.update(json.dumps([id, captions, stamp]).encode())
         return digest.hexdigest()
+
+
+class Files(Listed):
+    """Listed records whose ids are the names of picture files.
+
+    Args:
+      name: what the user called it.
+      folder: where relative names begin; an absolute one stands for itself.
+      rows: the records.
+    """
+
+    def __init__(self, name: str, folder: Path, rows: Rows):
+        super().__init__(name, rows)
+        self.folder = folder
+
+    def content(self, index: int, length: int | None) -> bytes:
+        """The file, or its first bytes."""
+        id = self.rows.ids[index]
+        return read_file(self.folder / id, id, length)
+
+    def stamp(self, index: int) -> int:
+        """The size of the file, -1 where there is none; blind to an edit that keeps it."""
+        return file_size(os.path.join(self.folder, self.rows.ids[index]))
+
+
+# What is wrong with one file rather than with the disk.
+OF_THE_RECORD = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP)
+
+
+def read_file(file: Path, id: str, length: int | None) -> bytes:
+    """The picture file of a record, or its first bytes; errors as of `Listed.content`."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(length)
+    except ValueError as error:  # a NUL in the name
+        raise BadRecord(id, f"not a file name: {error}") from error
+    except OSError as error:
+        if error.errno in OF_THE_RECORD:
+            raise BadRecord(id, f"cannot be read: {error.strerror}") from error
+        raise disk_error(file, error) from error
+
+
+def file_size(file: str) -> int:
+    """The size of a file, -1 where there is none."""
+    try:
+        found = os.stat(file)  # one call: over a network it is the whole cost of a fingerprint
+    except ValueError:
+        return -1
+    except OSError as error:
+        if error.errno in OF_THE_RECORD:
+            return -1
+        raise disk_error(file, error) from error
+    return found.st_size if stat.S_ISREG(found.st_mode) else -1
+
+
+def disk_error(file: str | Path, error: OSError) -> DataError:
+    """What to raise where a disk fails, since replacing the record would differ from run to run."""
+    return DataError(f"cannot read {file}: {error.strerror} (is the disk or share in order?)")

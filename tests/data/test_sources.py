@@ -86,6 +86,12 @@ def test_captions_are_read_as_one_line_in_any_language(pictures):
     assert list(Folder(pictures).captions()) == [("line separator",)]
 
 
+def test_columns_with_other_usual_names_and_several_captions(pictures):
+    rows = [{"image": "a.png", "caption": ["a red square", "red"]}, {"path": "b.png", "prompt": "a blue square"}]
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [Folder(pictures)[i].captions for i in range(2)] == [("a red square", "red"), ("a blue square",)]
+
+
 def test_every_kind_of_bad_record_is_named_with_its_reason(pictures, monkeypatch):
     (pictures / "empty.png").write_bytes(b"")
     (pictures / "html.png").write_text("<html>404</html>")
@@ -220,7 +226,7 @@ def test_captions_one_folder_below_are_pointed_at(pictures):
     ("name", "content", "told"),
     [
         ("metadata.jsonl", "", "none of its 0 records"),
-        ("metadata.jsonl", '{"file_name": "a.png", "caption": "red"}', "a.png: no caption; every row needs"),
+        ("metadata.jsonl", '{"file_name": "a.png", "colour": "red"}', "a.png: no caption; every row needs"),
         ("metadata.csv", "image;text\na.png;red\n", "metadata.csv:2: no file name"),
         ("metadata.csv", 'file_name,text\na.png,"' + "x" * 200_000, "quote that is never closed"),
         ("metadata.json", '{"a.png": "red"}', "holds a dict"),
