@@ -45,7 +45,8 @@ NEEDS_ONLY = {
     "training/step.py": {"jax", "flax", "optax", "numpy"},
     "training/state.py": {"jax", "flax", "optax", "numpy"},
     "training/optimizer.py": {"jax", "flax", "optax", "numpy"},
-    "data/": {"numpy", "ml_dtypes", "PIL", "grain", "absl", "pyarrow"},  # never touches a device
+    # Never touches a device.
+    "data/": {"numpy", "ml_dtypes", "PIL", "grain", "absl", "pyarrow", "datasets", "tensorflow_datasets"},
 }
 
 IMPORT_NAME = {"absl-py": "absl", "orbax-checkpoint": "orbax", "pillow": "PIL"}  # where it is not its own

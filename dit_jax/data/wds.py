@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dit_jax.data.folder import PICTURE_SUFFIXES
-from dit_jax.data.rows import Entry, Listed, Rows, is_utf8, make_entry
+from dit_jax.data.manifests import Columns, usable_rows
+from dit_jax.data.rows import Entry, Listed, disk_error, is_utf8, make_entry
 from dit_jax.errors import DataError
 
 # Folder and name up to the first dot, then all that follows: the rule of the webdataset library.
@@ -57,9 +58,8 @@ class Shards(Listed):
     def __init__(self, place: str, tars: list[Path]):
         self._tars = tars
         self._tar, self._begin, self._length = array("q"), array("q"), array("q")  # where each picture lies
-        super().__init__(f"wds:{place}", Rows(self._entries()))
-        if not self._length or max(self._length) < 0:
-            raise DataError(f"no picture ({' '.join(PICTURE_SUFFIXES)}) in the {len(tars)} tars of wds:{place}")
+        needed = Columns(PICTURE_SUFFIXES, CAPTION_SUFFIXES)
+        super().__init__(f"wds:{place}", usable_rows(self._entries(), Path(place), needed))
 
     def _entries(self) -> Iterator[Entry]:
         """The records of all tars; fills in where their pictures lie."""
@@ -79,7 +79,7 @@ class Shards(Listed):
                 file.seek(self._begin[index])
                 return file.read(size if length is None else min(size, length))
         except OSError as error:
-            raise DataError(f"cannot read {tar}: {error.strerror} (is the disk or share in order?)") from error
+            raise disk_error(tar, error) from error
 
     def stamp(self, index: int) -> int:
         """The size of the picture's file; blind to an edit that keeps it."""
@@ -102,7 +102,7 @@ def _records(tar: Path, name: str) -> Iterator[tuple[Entry, Span]]:
                 if picture is not None:
                     yield _entry(f"{name}/{key}", file, spans, picture), picture
     except OSError as error:
-        raise DataError(f"cannot read {tar}: {error.strerror}") from error
+        raise disk_error(tar, error) from error
     if cut is not None:
         yield Entry(name, (), f"cut off or damaged at byte {cut}: all behind it is lost; fetch this tar again"), NOWHERE
 
