@@ -93,13 +93,13 @@ def score_nearest(pipeline: Pipeline, full: bool) -> tuple[Scores, Image.Image, 
             f"the model was trained on other records than data.source={pipeline.config.data.source} holds now"
             f" (hash {pipeline.trained.data[:12]}, here {source.fingerprint()[:12]}); put them back"
         )
-    pixels, captions = [], []
+    pixels, captions, size = [], [], pipeline.config.data.image_size
     for i in range(len(source)):
         try:
             record = source[i]
         except BadRecord:
             continue
-        pixels.append(small_pixels(cut(record.image, pipeline.config.data.image_size, 0.5, 0.5)))
+        pixels.append(small_pixels(cut(record.image, size, size, 0.5, 0.5)))
         captions.append(record.captions)
     chosen = np.linspace(0, len(captions) - 1, min(CAPTIONS, len(captions))).astype(int)
     prompts = [captions[i][0] for i in chosen]

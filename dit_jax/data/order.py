@@ -22,8 +22,9 @@ so that any stretch of the run holds about its share of every part. What a part 
 two of L slots: a record that is alone in its part or bucket comes as often as one of a million would. Only the largest
 part gives more, one slot for each part that is too small to have earned its own.
 
-A record that cannot be used is replaced by others of its cell, drawn from its index alone, and positions never shift.
-Where none of the cell can be used either, others of the bucket stand in, whose pictures have the same shape.
+A record that cannot be used is replaced by another of its cell, drawn from its index alone, so positions never shift.
+Where the whole cell is bad another of the bucket stands in, whose picture has the same shape, and where the bucket is,
+any other: its picture is cut to the shape that is due. One bad record, alone in its bucket, must not end a run.
 """
 
 import threading
@@ -140,8 +141,9 @@ class Order:
     def __init__(self, parts: Sequence[Sequence[Part]], batch_size: int, seed: int):
         self.parts, self.batch_size, self.seed = parts, batch_size, seed
         self.used = tuple(b for b, here in enumerate(parts) if here)
-        numbers = iter(range(sum(map(len, parts))))
-        self._cells = [[_Cell(part.records, seed, next(numbers)) for part in here] for here in parts]
+        self._cells = [
+            [_Cell(part.records, seed, (b << 16) + p) for p, part in enumerate(here)] for b, here in enumerate(parts)
+        ]
         self._plan = _Plan([sum(part.weight for part in here) for here in parts], seed, 0)
         self._plans = [_Plan([part.weight for part in here], seed, 1 + b) for b, here in enumerate(parts)]
 
@@ -150,7 +152,7 @@ class Order:
 
     def bucket(self, step: int) -> int:
         """The bucket that the batch of a step comes from, equation (2)."""
-        return int(self._plan.place(np.int64(step))[0])
+        return int(self._plan.place(np.array(step, np.int64))[0])
 
     def indices(self, k: np.ndarray) -> np.ndarray:
         """Which record each sample of the run is, before any replacement: equations (1) to (6).
@@ -174,20 +176,22 @@ class Order:
         return index.reshape(np.shape(k))
 
     def replacements(self, index: int) -> Iterator[int]:
-        """The records that are tried in the place of one that is bad, and depend on it alone, in their order.
+        """The records that are tried in the place of one that is bad, in order; they depend on ``index`` alone.
 
-        First others of its part in its bucket, then others of its bucket. They may come more than once.
+        Others of its cell, then others of its bucket, then any others. Some may come more than once.
         """
         bucket, mine, place = self._find(index)
-        records, n = mine.records, len(mine.records)
+        n = len(mine.records)
         for attempt in range(ATTEMPTS if n > 1 else 0):
-            yield int(records[(place + 1 + self._draw(index, attempt, n - 1)) % n])
-        others = [cell.records for cell in self._cells[bucket] if cell is not mine]
-        starts = np.cumsum([0, *map(len, others)])
-        for attempt in range(ATTEMPTS, 2 * ATTEMPTS if others else 0):
-            drawn = self._draw(index, attempt, int(starts[-1]))
-            which = int(np.searchsorted(starts, drawn, side="right")) - 1
-            yield int(others[which][drawn - starts[which]])
+            yield int(mine.records[(place + 1 + self._draw(index, attempt, n - 1)) % n])
+        near = [cell.records for cell in self._cells[bucket] if cell is not mine]
+        far = [cell.records for cells in self._cells for cell in cells if cells is not self._cells[bucket]]
+        for stage, others in enumerate((near, far), start=1):
+            starts = np.cumsum([0, *map(len, others)])
+            for attempt in range(ATTEMPTS if others else 0):
+                drawn = self._draw(index, stage * ATTEMPTS + attempt, int(starts[-1]))
+                which = int(np.searchsorted(starts, drawn, side="right")) - 1
+                yield int(others[which][drawn - starts[which]])
 
     def _draw(self, index: int, attempt: int, below: int) -> int:
         return int(random_words(1, self.seed, Purpose.REPLACEMENT, index, attempt)[0]) % below
@@ -201,6 +205,17 @@ class Order:
                     return bucket, cell, place
         raise IndexError(f"record {index} is in no part")
 
+    def without(self, bad: np.ndarray) -> "Order":
+        """The order of a run that knows which records are bad, bool ``[n]``: buckets that are all bad never come.
+
+        Raises:
+          DataError: there is no other bucket.
+        """
+        parts = [here if any(not bad[part.records].all() for part in here) else [] for here in self.parts]
+        if not any(parts):
+            raise DataError(f"all {len(bad)} records are bad")
+        return Order(parts, self.batch_size, self.seed)
+
     def stand_ins(self, bad: np.ndarray) -> np.ndarray:
         """For every record the one that is used when its turn comes, where it is known which are bad.
 
@@ -208,25 +223,19 @@ class Order:
           bad: bool ``[n]``.
 
         Returns:
-          int64 ``[n]``: itself, or its first replacement that is not bad.
+          int64 ``[n]``: itself, or the first of its replacements that is not bad; it has the same shape.
 
         Raises:
-          DataError: all replacements of a record are bad.
+          DataError: there is none.
         """
         used = np.arange(len(bad))
-        for index in np.flatnonzero(bad).tolist():
-            used[index] = next((other for other in self.replacements(index) if not bad[other]), -1)
-            if used[index] < 0:
-                raise DataError(f"record {index} cannot be used, and {self.nothing_instead_of(index)}")
+        for bucket in self.used:
+            here = np.concatenate([part.records for part in self.parts[bucket]])
+            for index in here[bad[here]].tolist():
+                used[index] = next((other for other in self.replacements(index) if not bad[other]), index)
+                if bad[used[index]] or self._find(used[index])[0] != bucket:
+                    raise DataError(f"record {index} cannot be used, and no usable record of its shape was found")
         return used
-
-    def nothing_instead_of(self, index: int) -> str:
-        """Says that a record and all of its replacements are bad."""
-        bucket = self._find(index)[0]
-        records = sum(len(part.records) for part in self.parts[bucket])
-        return f"no usable record was found in its place among {records}" + (
-            " of its shape (data.buckets)" if len(self.used) > 1 else ""
-        )
 
 
 class _Plan:

@@ -1,7 +1,7 @@
-"""Pictures: from the bytes of a file to uint8 ``[size, size, 3]``.
+"""Pictures: from the bytes of a file to uint8 ``[height, width, 3]``.
 
 Three steps, each a pure function: `decode` turns whatever people keep in a folder into plain RGB, `cut` takes
-a square and resizes it, `mirror` flips left and right. Nothing here draws random numbers: a random crop is a
+a rectangle and resizes it, `mirror` flips left and right. Nothing here draws random numbers: a random crop is a
 `cut` whose place the caller has drawn.
 """
 
@@ -103,31 +103,39 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def cut(image: np.ndarray, size: int, across: float, down: float) -> np.ndarray:
-    """Takes the largest square of a picture and resizes it.
+def cut(image: np.ndarray, height: int, width: int, across: float, down: float) -> np.ndarray:
+    """Takes the largest rectangle of a shape out of a picture and resizes it.
 
-    The same as the usual "resize the shorter side, then crop", in the other order: there are fewer pixels to
+    The same as the usual "resize until it just covers, then crop", in the other order: there are fewer pixels to
     resample, and a picture that has the right size already comes back unchanged.
 
     Args:
-      image: uint8 ``[height, width, 3]``.
-      size: side of the result, in pixels.
-      across: where the square lies in a wide picture, in [0, 1): 0 is the left edge, 0.5 the centre.
-      down: where it lies in a tall one: 0 is the top edge, 0.5 the centre.
+      image: uint8 ``[tall, wide, 3]``.
+      height, width: of the result, in pixels.
+      across: where the rectangle lies in a picture that is too wide, in [0, 1): 0 is the left edge, 0.5 the centre.
+      down: where it lies in one that is too tall: 0 is the top edge, 0.5 the centre.
 
     Returns:
-      uint8 ``[size, size, 3]``.
+      uint8 ``[height, width, 3]``.
     """
-    height, width = image.shape[:2]
-    side = min(height, width)
-    left = int(across * (width - side + 1))
-    top = int(down * (height - side + 1))
-    square = np.ascontiguousarray(image[top : top + side, left : left + side])
-    if side == size:
-        return square
+    tall, wide = image.shape[:2]
+    if tall * width <= wide * height:  # too wide, or just right
+        rows, columns = tall, _rounded(tall * width, height)
+    else:
+        rows, columns = _rounded(wide * height, width), wide
+    left = int(across * (wide - columns + 1))
+    top = int(down * (tall - rows + 1))
+    rectangle = np.ascontiguousarray(image[top : top + rows, left : left + columns])
+    if (rows, columns) == (height, width):
+        return rectangle
     # Lanczos is antialiased; a gap of 3 lets Pillow average whole pixels first where a photo shrinks a lot.
-    resized = Image.fromarray(square).resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    resized = Image.fromarray(rectangle).resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
     return np.array(resized)
+
+
+def _rounded(numerator: int, denominator: int) -> int:
+    """The whole number nearest to a fraction, at least 1."""
+    return max(1, (2 * numerator + denominator) // (2 * denominator))
 
 
 def mirror(image: np.ndarray) -> np.ndarray:
