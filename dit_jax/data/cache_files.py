@@ -56,6 +56,9 @@ FIELDS = {
     "text_encoder.width": int, "text_encoder.pooled_width": int, "records_per_shard": int, "captions_per_shard": int,
 }  # fmt: skip
 ADDED = ("bad_records", "tokens", "latents", "shards")
+ADDED_FIELDS = {
+    "bad_records": int, "tokens.all": int, "tokens.longest": int, "latents.mean": list, "latents.std": list,
+}  # fmt: skip
 PEOPLE = ("data.name", "vae.name", "text_encoder.name")  # fields for people: another word for the same thing will do
 GO_ON = "the same `python -m dit_jax.precompute` command makes what is missing"
 AGAIN = f"delete it: {GO_ON}"
@@ -377,7 +380,8 @@ def _read(path: Path) -> dict[str, Any]:
     version = fields.get("format")
     if isinstance(version, int) and version > FORMAT:
         raise DataError(f"{path.parent} has format {version}, and this release reads {FORMAT}; update dit_jax")
-    if wrong := [name for name, kind in FIELDS.items() if not isinstance(fields.get(name), kind)]:
+    expected = FIELDS | (ADDED_FIELDS if path.name == MANIFEST else {})
+    if wrong := [name for name, kind in expected.items() if not isinstance(fields.get(name), kind)]:
         raise DataError(f"{path} is damaged: {', '.join(wrong)} cannot be; {AGAIN}")
     return found
 
