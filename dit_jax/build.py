@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     import optax
 
     from dit_jax.data.bad_records import BadRecords
+    from dit_jax.data.cache import Cache, Identity
     from dit_jax.data.loader import Samples
+    from dit_jax.data.order import Order
+    from dit_jax.data.shapes_world import ShapesWorld
     from dit_jax.data.sources import Source
     from dit_jax.diffusion.process import Process
     from dit_jax.diffusion.samplers import Sampler
@@ -225,27 +228,25 @@ def describe_encoders(config: ConfigDict) -> tuple["VAEShape", "TextShape"]:
         return vae, describe_text_encoder(config.text_encoder, stated if all(stated) else None)
 
 
-def make_source(config: ConfigDict, part: Literal["train", "validation"]) -> "Source":
-    """The records to train on (``part="train"``) or those set aside (``"validation"``)."""
-    from dit_jax.data.folder import Folder
-    from dit_jax.data.shapes_world import ShapesWorld
-    from dit_jax.data.sources import split
+def make_source(config: ConfigDict, part: Literal["train", "validation", "all"]) -> "Source | Cache":
+    """The records to train on (``part="train"``), those set aside (``"validation"``), or both (``"all"``)."""
+    from dit_jax.data.catalogue import open_source
 
-    kind, _, place = config.data.source.partition(":")
-    if kind == "shapes" and not place:
-        if config.data.max_objects not in (1, 2, 3):
-            raise ConfigError(f"data.max_objects is {config.data.max_objects}; it can be 1, 2, 3")
-        objects = tuple(range(1, config.data.max_objects + 1))
-        with config_errors("data"):
-            source: Source = ShapesWorld(config.seed, config.data.num_pictures, objects=objects, combinations="seen")
-    elif kind == "folder" and place:
-        source = Folder(place)
-    else:
-        raise ConfigError(f"data.source is {config.data.source!r}; it can be shapes or folder:PATH")
     fraction = config.data.validation_fraction
     if not 0.0 <= fraction < 1.0:
         raise ConfigError(f"data.validation_fraction is {fraction}; it must be in [0, 1)")
-    return split(source, fraction, part)
+    return open_source(config.data.source, lambda: make_shapes_world(config), fraction, part)
+
+
+def make_shapes_world(config: ConfigDict) -> "ShapesWorld":
+    """The pictures that ``data.source=shapes`` stands for."""
+    from dit_jax.data.shapes_world import ShapesWorld
+
+    if config.data.max_objects not in (1, 2, 3):
+        raise ConfigError(f"data.max_objects is {config.data.max_objects}; it can be 1, 2, 3")
+    objects = tuple(range(1, config.data.max_objects + 1))
+    with config_errors("data"):
+        return ShapesWorld(config.seed, config.data.num_pictures, objects=objects, combinations="seen")
 
 
 def choose_flip(config: ConfigDict, source: "Source") -> bool:
@@ -299,16 +300,93 @@ def make_step(
     )
 
 
-def make_samples(config: ConfigDict, source: "Source", list_of_bad: Path) -> tuple["Samples", "BadRecords"]:
-    """The run's sequence of samples, and the list of records that could not be read."""
-    from dit_jax.data.bad_records import BadRecords
+def make_shapes(config: ConfigDict, factor: int) -> tuple[tuple[int, int], ...]:
+    """(height, width) of the pictures of every bucket; ``factor`` is that of the VAE."""
+    from dit_jax.data import buckets
+
+    size = config.data.image_size
+    if not config.data.buckets:
+        return ((size, size),)
+    with config_errors("data.buckets"):
+        return buckets.shapes(size, factor * config.model.patch_size, config.data.buckets)
+
+
+def make_order(config: ConfigDict, source: "Source | Cache", bucket: np.ndarray) -> "Order":
+    """Which record each sample of the run is; ``bucket`` is that of every record."""
+    from dit_jax.data import order
+    from dit_jax.data.sources import parts_of
+
+    return order.make_order(parts_of(source), bucket, config.batch_size, config.seed)
+
+
+def make_samples(
+    config: ConfigDict, source: "Source", order: "Order", shapes: tuple[tuple[int, int], ...]
+) -> "Samples":
+    """The run's sequence of samples."""
     from dit_jax.data.loader import Samples
 
-    data = config.data
+    random_crop, flip = config.data.crop == "random", choose_flip(config, source)
+    return Samples(source, order, config.seed, shapes, random_crop=random_crop, flip=flip)
+
+
+def make_bad_records(config: ConfigDict, path: Path | None, num_records: int) -> "BadRecords":
+    """The list of records that cannot be read."""
+    from dit_jax.data.bad_records import BadRecords
+
     with config_errors("data"):
-        bad_records = BadRecords(list_of_bad, data.max_bad_fraction, len(source))
-    flip = choose_flip(config, source)
-    return Samples(source, config.seed, data.image_size, random_crop=data.crop == "random", flip=flip), bad_records
+        return BadRecords(path, config.data.max_bad_fraction, num_records)
+
+
+def make_identity(
+    config: ConfigDict,
+    name: str,
+    fingerprint: str,
+    counts: dict[str, Any],
+    shapes: tuple[tuple[int, int], ...],
+    mirrored: bool,
+    vae: "VAE",
+    text_encoder: "TextEncoder",
+    per_shard: int,
+) -> "Identity":
+    """What a cache says of itself: what it was made from, and how.
+
+    Args:
+      config: of the run.
+      name, fingerprint: of the source.
+      counts: of its records and captions (`dit_jax.data.cache.Table.counts`).
+      shapes: of the pictures of every bucket.
+      mirrored: whether mirror images are kept too.
+      vae, text_encoder: what encodes.
+      per_shard: records, or captions, in a shard.
+    """
+    from dit_jax.data.cache_files import FORMAT
+
+    return {
+        "format": FORMAT,
+        "data": {"name": name, "fingerprint": fingerprint, **counts},
+        "image_size": config.data.image_size,
+        "crop": config.data.crop,
+        "mirrored": mirrored,
+        "buckets": [list(shape) for shape in shapes],
+        "vae": {
+            "name": vae.name,
+            "sha256": vae.sha256,
+            "shift": vae.latent_scale.shift.tolist(),
+            "scale": vae.latent_scale.scale.tolist(),
+            "factor": vae.shape.factor,
+            "channels": vae.shape.channels,
+        },
+        "text_encoder": {
+            "name": text_encoder.name,
+            "sha256": text_encoder.sha256,
+            "length": text_encoder.length,
+            "width": text_encoder.width,
+            "pooled_width": text_encoder.pooled_width,
+        },
+        "storage_dtype": config.data.storage_dtype,
+        "records_per_shard": per_shard,
+        "captions_per_shard": per_shard,
+    }
 
 
 def make_times(config: ConfigDict, process: "Process") -> Callable[[jax.Array], jax.Array]:

@@ -76,11 +76,12 @@ def score_nearest(pipeline: Pipeline, full: bool) -> tuple[Scores, Image.Image, 
       The number of captions and the share of hits; a grid of the first pictures; the score in a line.
 
     Raises:
-      ConfigError: ``full`` is set, which this metric does not have.
+      ConfigError: ``full`` is set, which this metric does not have, or there are no pictures, only a cache.
       DataError: the training pictures are not where they were.
       CheckpointError: what is there now is not what the model was trained on.
     """
     from dit_jax import build
+    from dit_jax.data.cache import Cache
     from dit_jax.data.sources import BadRecord
     from dit_jax.data.transforms import cut
     from dit_jax.metrics.nearest import hits, small_pixels
@@ -88,6 +89,8 @@ def score_nearest(pipeline: Pipeline, full: bool) -> tuple[Scores, Image.Image, 
     if full:
         raise ConfigError("--full is for --metric=shapes")
     source = build.make_source(pipeline.config, "train")
+    if isinstance(source, Cache):
+        raise ConfigError("the model was trained from a cache, which holds no pictures; say where they are: --source")
     if source.fingerprint() != pipeline.trained.data:
         raise CheckpointError(
             f"the model was trained on other records than data.source={pipeline.config.data.source} holds now"
@@ -122,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_model_flags(parser)
     parser.add_argument("--metric", choices=METRICS, default="shapes")
     parser.add_argument("--full", action="store_true", help=f"shapes: {FULL} prompts of each class, not {QUICK}")
+    parser.add_argument("--source", help="nearest: where the training pictures are; default: where they were")
     add_flags(parser)
     args = parser.parse_args(argv)
     run_program(lambda: _evaluate(args), args.traceback, "JAX_PLATFORMS=cpu scores it in the host's memory")
@@ -130,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     set_up(args.allow_cpu, args.verbose)
     pipeline = Pipeline.load(args.model, args.ema, args.step)
+    if args.source is not None:
+        pipeline.config.data.source = args.source
     model = path_of(args.model)
     folder = model / "evaluation" if model.is_dir() else Path("evaluation") / model.name  # of a model from the hub
     with writable(folder):

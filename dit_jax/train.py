@@ -15,8 +15,7 @@ import platform
 import shutil
 import subprocess
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
@@ -31,23 +30,19 @@ from PIL import Image
 
 import dit_jax
 from dit_jax import build
-from dit_jax.arrays import Array
 from dit_jax.config import flatten, is_export, take_over, to_json
-from dit_jax.data.loader import RawBatch, batches, scan
-from dit_jax.data.sources import Source
+from dit_jax.data.ahead import ahead
 from dit_jax.encoders import VAE, TextEncoder
-from dit_jax.encoders.latents import measure_scale
 from dit_jax.errors import ConfigError, FetchError
+from dit_jax.feed import open_feed
 from dit_jax.models.flops import peak_flops, training_flops
 from dit_jax.runtime import writable
 from dit_jax.sample import Pipeline, make_grid, save_png
 from dit_jax.sharding import make_mesh, put_batch
 from dit_jax.stored import ENCODERS, Stored, Trained, open_stored
-from dit_jax.training import encode
 from dit_jax.training.checkpoint import Checkpoints, Commit, restore_metadata
-from dit_jax.training.encode import EncodedBatch
 from dit_jax.training.init_from import transfer
-from dit_jax.training.progress import Progress, check_finite, count_pictures
+from dit_jax.training.progress import Progress, check_finite
 from dit_jax.training.state import TrainState, abstract_state, init_state
 from dit_jax.training.step import TrainStep
 from dit_jax.training.writer import Watch, Writer
@@ -64,13 +59,7 @@ MEANINGS = (
     "model.text_pool",
 )
 GRID = 16  # captions of the training set in a sample grid when the config names no prompts
-CHUNK = 256  # records encoded at a time
-SAY_EVERY = 30.0  # seconds between two lines on how far the encoding is
-FIRST = 8  # records that the start check looks at
-MEASURED = 2048  # records whose latents are measured
-THREADS = 8  # that read and decode pictures, in every process that does
-
-Batches = Callable[[int, int], Iterator[EncodedBatch]]  # (first step, last step) -> encoded batches
+AHEAD = 3  # batches that are on the devices, or on their way, before the step that takes them
 
 
 def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainState | None:
@@ -129,7 +118,7 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
             state = begin_from(open_origin(config, identity), state, vae.factor)
     scaled = " with a dynamic loss scale" if dtype == jnp.float16 else ""
     say(f"parameters: {count_parameters(state.params):,}; compute in {np.dtype(dtype).name}{scaled}")
-    encoded_batches = prepare_data(config, workdir, source, vae, preview, text_encoder)
+    feed = open_feed(config, workdir, source, vae, preview, text_encoder, say)
     with writable(workdir):
         write_whole(workdir / "config.json", to_json(config))
     step_function = build.make_step(config, model, process, optimizer, learning_rate)
@@ -145,9 +134,14 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
             captions[0] for captions in itertools.islice(filter(None, source.captions()), GRID)
         )
         draw = functools.partial(draw_samples, pipeline, prompts, workdir / "samples", writer)
-        coming = map(functools.partial(put_batch, mesh=mesh), encoded_batches(start, stop))
-        steps = range(start + 1, stop + 1)
-        state = loop(config, state, steps, step_function, coming, checkpoints, identity, draw, progress)
+        encoded = feed.batches(start, stop)
+        on_devices = map(functools.partial(put_batch, mesh=mesh), encoded)
+        with closing(ahead(on_devices, AHEAD, config.data.patience, config.data.source)) as coming:
+            first = next(coming)
+            train_steps = compile_steps(step_function, state, first, feed.grids)
+            coming_all = itertools.chain([first], coming)
+            steps = range(start + 1, stop + 1)
+            state = loop(config, state, steps, train_steps, coming_all, checkpoints, identity, draw, progress)
     say(f"done: step {stop} of {config.total_steps}")
     return state
 
@@ -156,7 +150,7 @@ def loop(
     config: ConfigDict,
     state: TrainState,
     steps: range,
-    step_function: TrainStep,
+    train_steps: Mapping[tuple[int, ...], Callable[..., Any]],
     coming: Iterator[dict[str, jax.Array]],
     checkpoints: Checkpoints,
     identity: dict[str, str],
@@ -168,6 +162,7 @@ def loop(
     Args:
       config: says what is due when.
       state: after the step before the first.
+      train_steps: by the latent grid of a batch.
       coming: a batch a step, on the devices.
       identity: saved with every checkpoint.
       draw: parameters and step -> where the grid of samples was written.
@@ -180,14 +175,11 @@ def loop(
         if commit:
             progress.say(f"saved {commit}")
 
-    train_step = None
+    progress.restart()
     for step in steps:
         with progress.waiting():
             batch = next(coming)
-        if train_step is None:
-            train_step = compile_step(step_function, state, batch)
-            progress.restart()
-        state, metrics = train_step(state, batch)
+        state, metrics = train_steps[batch["mean"].shape[1:3]](state, batch)
         progress.step(step, metrics)
         if step == steps[-1] or is_due(step, config.save_every):
             with progress.aside():
@@ -300,76 +292,6 @@ def git_commit() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "no git"
 
 
-def prepare_data(
-    config: ConfigDict, workdir: Path, source: Source, vae: VAE, preview: VAE, text_encoder: TextEncoder
-) -> Batches:
-    """Encode the source, or get ready to at every step; fill ``config.latents``; look at the first pictures."""
-    data = config.data
-    samples, bad_records = build.make_samples(config, source, workdir / "bad_records.jsonl")
-    long_captions: list[str] | None = []  # None once they are told
-
-    def tokenize(captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it would speak at every batch; what it would say is counted here
-            ids, mask = text_encoder.tokenize(captions)
-        if long_captions is not None:
-            full = np.all(mask, axis=1).tolist()
-            long_captions.extend(caption for caption, cut in zip(captions, full, strict=True) if cut)
-        return ids, mask
-
-    def raw_batches(batch_size: int, start: int, stop: int) -> Iterator[RawBatch]:
-        return batches(samples, tokenize, bad_records, batch_size, start, stop, THREADS, data.workers)
-
-    first = next(raw_batches(min(FIRST, len(source)), 0, 1))
-    if data.encode == "once":
-        begin = time.monotonic()
-        say(f"encoding {len(source):,} pictures ...")
-        chunks = scan(source, tokenize, bad_records, CHUNK, config.seed, data.image_size, THREADS, data.workers)
-        told = count_pictures(chunks, len(source), SAY_EVERY)
-        encoded = encode.encode_once(told, vae, text_encoder, samples.flip, config.seed)
-        mirrored = " and their mirror images" if samples.flip else ""
-        say(f"encoded {len(source):,} pictures{mirrored} in {time.monotonic() - begin:.0f} s")
-
-        def encoded_batches(start: int, stop: int) -> Iterator[EncodedBatch]:
-            return (encoded.batch(step, config.batch_size) for step in range(start, stop))
-
-    else:
-
-        def encoded_batches(start: int, stop: int) -> Iterator[EncodedBatch]:
-            return encode.encode_every_step(raw_batches(config.batch_size, start, stop), vae, text_encoder)
-
-    if not config.latents.scale:
-        fill_latents(config, vae, encoded_batches, len(source))
-    check = encode.check_start(first, vae, preview, build.make_latents(config))
-    say(
-        f"start check: VAE round trip {check.psnr:.1f} dB, latents mean {check.latent_mean:.2f}"
-        f" std {check.latent_std:.2f}, {check.tokens:.1f} tokens a caption"
-    )
-    if preview is not vae:
-        say(f"start check: {preview.name} decodes them for the samples of the run, {check.preview_psnr:.1f} dB")
-    for warning in check.warnings():
-        say(f"warning: {warning}")
-    if long_captions:
-        say(
-            f"warning: captions that fill all {text_encoder.length} tokens of the text encoder, and may be cut:"
-            f" {len(set(long_captions))}, the first {long_captions[0][:100]!r}"
-        )
-    long_captions = None
-    if bad_records:
-        say(f"bad records: {len(bad_records)}, replaced by others, listed in {workdir / 'bad_records.jsonl'}")
-    return encoded_batches
-
-
-def fill_latents(config: ConfigDict, vae: VAE, encoded_batches: Batches, records: int) -> None:
-    """Write the shift and scale of latents into the config: the VAE's own, or as measured on the first records."""
-    scale = vae.latent_scale
-    if config.latents.normalize == "measured":
-        some = list(encoded_batches(0, -(-min(MEASURED, records) // config.batch_size)))
-        with build.config_errors("latents"):
-            scale = measure_scale(*(np.concatenate([batch[key] for batch in some]) for key in ("mean", "std")))
-    config.latents.shift, config.latents.scale = tuple(scale.shift.tolist()), tuple(scale.scale.tolist())
-
-
 def make_progress(config: ConfigDict, writer: Writer, start: int, flops: int, mesh: Mesh) -> Progress:
     """What is said about a run; ``flops`` are of one training picture."""
     peak = peak_flops(jax.devices()[0].device_kind)
@@ -384,11 +306,20 @@ def make_progress(config: ConfigDict, writer: Writer, start: int, flops: int, me
     )
 
 
-def compile_step(step: TrainStep, state: TrainState, batch: dict[str, Array]) -> Callable[..., Any]:
-    """Compile the train step for these shapes, and say how long that took."""
-    say("compiling the train step ...")
+def compile_steps(
+    step: TrainStep, state: TrainState, batch: dict[str, jax.Array], grids: Sequence[tuple[int, int]]
+) -> dict[tuple[int, ...], Callable[..., Any]]:
+    """Compile the train step for batches like this one on every latent grid, and say how long that took."""
+    several = f" for {len(grids)} shapes of pictures" if len(grids) > 1 else ""
+    say(f"compiling the train step{several} ...")
     begin = time.monotonic()
-    compiled = step.compile(state, batch)
+    compiled: dict[tuple[int, ...], Callable[..., Any]] = {}
+    for h, w in grids:
+        shapes = {key: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for key, a in batch.items()}
+        for key in ("mean", "std"):
+            B, *_, C = shapes[key].shape
+            shapes[key] = shapes[key].update(shape=(B, h, w, C))
+        compiled[h, w] = step.compile(state, shapes)
     say(f"compiled the train step in {time.monotonic() - begin:.1f} s")
     return compiled
 

@@ -10,11 +10,14 @@ from dit_jax.errors import DataError
 
 
 class Replaced(NamedTuple):
-    """A row of ``bad_records.jsonl``: ids of a bad record and of its stand-in, and what is wrong."""
+    """A row of ``bad_records.jsonl``: ids of a bad record and of its stand-in, and what is wrong.
+
+    Where records are encoded once and for all, nothing is in place of a bad one yet: ``replaced_by`` is None.
+    """
 
     id: str
     reason: str
-    replaced_by: str
+    replaced_by: str | None
 
 
 class BadRecords:
@@ -34,7 +37,7 @@ class BadRecords:
     def __init__(self, path: Path | None, max_bad_fraction: float, num_records: int):
         if not 0 <= max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction is {max_bad_fraction}, must be in [0, 1]")
-        self._path = path
+        self.path = path
         self._max_bad_fraction = max_bad_fraction
         self._num_records = num_records
         self._listed = _listed_ids(path) if path and path.exists() else set()
@@ -52,13 +55,13 @@ class BadRecords:
         if index in self._seen:
             return
         self._seen[index] = f"{row.id}: {row.reason}"
-        if self._path and row.id not in self._listed:
+        if self.path and row.id not in self._listed:
             self._listed.add(row.id)
-            with self._path.open("a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row._asdict()) + "\n")
         if too_many(len(self), self._max_bad_fraction, self._num_records):
             first = "; ".join(itertools.islice(dict.fromkeys(self._seen.values()), 3))
-            listed = f" (all so far in {self._path})" if self._path else ""
+            listed = f" (all so far in {self.path})" if self.path else ""
             raise DataError(
                 f"{len(self)} of {self._num_records} records are bad, more than "
                 f"data.max_bad_fraction={self._max_bad_fraction} allows; the first: {first}{listed}"

@@ -92,6 +92,10 @@ class Tokenizer:
             warnings.warn(message, stacklevel=2)
         return ids, mask
 
+    def count(self, texts: Sequence[str]) -> np.ndarray:
+        """How many tokens captions have, BOS and EOS included, before any is cut: int64 ``[B]``."""
+        return np.array([len(tokens) + 2 for tokens, _ in self._split(texts)], np.int64)
+
     def has_tokens_of(self, other: "Tokenizer") -> bool:
         """Whether both have the same vocabulary and merges; which token pads, they may disagree on."""
         vocabulary, merges = (

@@ -1,106 +1,126 @@
 """From pictures and captions to encoded batches: where the frozen encoders run.
 
-They are frozen, so a record gives the same moments and text states at every epoch. `encode_once` runs them over the
-whole source and keeps what they return in memory; `encode_every_step` runs them on each batch, for sources that do
-not fit. Both give the same batches, each a function of its step alone; only the masked tokens behind the longest
-caption of the source are left out where it is known, which saves the work that they cost and changes no result.
+They are frozen, so a record gives the same moments and text states at every epoch. `encode_units` runs them over a
+whole source, one shard after the other, and what it yields is kept in memory (`dit_jax.feed`) or on disk
+(`dit_jax.precompute`): either way a `dit_jax.data.cache.Cache`. `encode_every_step` runs them on each batch, for
+sources that are kept nowhere. All round to the same dtypes, so all train on the same numbers.
 """
 
-from collections.abc import Iterable, Iterator
+import contextlib
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.data.loader import RawBatch, is_mirrored, position_to_index
+from dit_jax.data.cache import Identity, Pictures, Table, Texts, Unit
+from dit_jax.data.loader import RawBatch, Scanned, scan
+from dit_jax.data.sources import Source
 from dit_jax.encoders import VAE, TextEncoder
 from dit_jax.encoders.latents import LatentScale
 
 EncodedBatch = dict[str, np.ndarray]  # its keys: see dit_jax.arrays
+Told = Callable[[Unit, int], None]
 
-# What text states are kept as. Both ways round to it, so that both train on the same numbers.
-TEXT_DTYPE = jnp.bfloat16
+TEXT_DTYPE = jnp.bfloat16  # what text states are kept as
+CHUNK = 256  # pictures or captions that are in memory at a time
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A source of n records, encoded.
+class Encoding:
+    """A source, and how it is encoded.
 
     Attributes:
-      mean, std: float32 ``[n, F, h, w, C]`` raw moments; F is 2 where mirrored pictures are kept too, else 1.
-      hidden, pooled, mask: of the distinct captions, ``[m, S, E]``, ``[m, P]`` and ``[m, S]``, S the longest of them.
-      caption: int32 ``[n]``, which of the m captions a record has.
-      seed: of the data order.
+      identity: what its cache says of itself (`dit_jax.data.cache`).
+      source: the records.
+      table: their names, captions and buckets.
+      vae, text_encoder: what encodes them.
+      threads, workers: that read pictures.
+      patience: seconds to wait for one, 0 for ever.
     """
 
-    mean: np.ndarray
-    std: np.ndarray
-    hidden: np.ndarray
-    pooled: np.ndarray
-    mask: np.ndarray
-    caption: np.ndarray
-    seed: int
-
-    def batch(self, step: int, batch_size: int) -> EncodedBatch:
-        """The batch of a step: the samples that `dit_jax.data.loader.batches` takes with the same seed."""
-        n, F = self.mean.shape[:2]
-        k = np.arange(step * batch_size, (step + 1) * batch_size)
-        row = position_to_index(k, n, self.seed)
-        side = np.array([is_mirrored(int(i), self.seed) for i in k], np.int64) if F == 2 else np.zeros_like(k)
-        text = self.caption[row]
-        return {
-            "mean": self.mean[row, side],
-            "std": self.std[row, side],
-            "hidden": self.hidden[text].astype(np.float32),
-            "pooled": self.pooled[text].astype(np.float32),
-            "mask": self.mask[text],
-        }
+    identity: Identity
+    source: Source
+    table: Table
+    vae: VAE
+    text_encoder: TextEncoder
+    threads: int
+    workers: int
+    patience: float
 
 
-def encode_once(chunks: Iterable[RawBatch], vae: VAE, text_encoder: TextEncoder, flip: bool, seed: int) -> Encoded:
-    """Encode every record of a source, given the raw batches of `dit_jax.data.loader.scan`.
+def encode_units(encoding: Encoding, wanted: Sequence[Unit], told: Told) -> Iterator[tuple[Unit, Pictures | Texts]]:
+    """Encode some of the shards that a source is cut into, in the order of ``wanted``.
 
-    Captions repeat, so each distinct one is encoded and kept once.
+    What a shard holds depends on the shard alone: neither on the others nor on how often the work was interrupted.
+    ``told`` is called with a shard and the number of its captions or pictures that have just been encoded.
     """
-    means, stds, texts, caption = [], [], [], []
-    number: dict[bytes, int] = {}
-    for raw in chunks:
-        images = to_signed(raw["image"])
-        moments = [vae.encode(side) for side in ([images, images[:, :, ::-1]] if flip else [images])]
-        means.append(np.stack([np.asarray(mean) for mean, _ in moments], axis=1))
-        stds.append(np.stack([np.asarray(std) for _, std in moments], axis=1))
-        new = []
-        for i, ids in enumerate(raw["ids"]):
-            if ids.tobytes() not in number:
-                number[ids.tobytes()] = len(number)
-                new.append(i)
-            caption.append(number[ids.tobytes()])
-        if new:
-            texts.append(_encode_text(text_encoder, raw["ids"][new], raw["mask"][new]))
-    hidden, pooled, mask = (np.concatenate(parts) for parts in zip(*texts, strict=True))
-    S = int(mask.sum(1).max())
-    return Encoded(
-        np.concatenate(means),
-        np.concatenate(stds),
-        np.ascontiguousarray(hidden[:, :S]),
-        pooled,
-        mask[:, :S],
-        np.asarray(caption, np.int32),
-        seed,
-    )
+    # One stream of pictures for all shards of a bucket: what reads ahead starts once. No chunk lies in two shards,
+    # since all have a multiple of its size but for the last of a bucket.
+    size = math.gcd(encoding.identity["records_per_shard"], CHUNK)
+    for (kind, bucket), group in itertools.groupby(wanted, lambda unit: (unit.kind, unit.bucket)):
+        together = list(group)
+        if kind == "texts":
+            yield from ((unit, _encode_texts(encoding, unit, told)) for unit in together)
+            continue
+        height, width = encoding.identity["buckets"][bucket]
+        indices = np.concatenate([unit.records(encoding.table) for unit in together])
+        how = encoding.threads, encoding.workers, encoding.patience
+        stream = scan(encoding.source, indices, height, width, size, *how)
+        with contextlib.closing(stream):
+            yield from ((unit, _encode_pictures(encoding, unit, stream, told)) for unit in together)
 
 
-def encode_every_step(raw_batches: Iterable[RawBatch], vae: VAE, text_encoder: TextEncoder) -> Iterator[EncodedBatch]:
-    """Encode raw batches as they come."""
+def _encode_texts(encoding: Encoding, unit: Unit, told: Told) -> Texts:
+    """The states of a shard's captions."""
+    hidden, lengths, pooled = [], [0], []
+    all_captions = unit.captions(encoding.table)
+    for first in range(0, len(all_captions), CHUNK):
+        captions = all_captions[first : first + CHUNK]
+        ids, mask = tokenize_quietly(encoding.text_encoder, captions)
+        states = encoding.text_encoder.encode_ids(ids, mask)
+        hidden.append(np.asarray(states.hidden)[mask].astype(TEXT_DTYPE))  # [tokens, E]
+        pooled.append(np.asarray(states.pooled).astype(TEXT_DTYPE))
+        lengths += mask.sum(1).tolist()
+        told(unit, len(captions))
+    return Texts(np.concatenate(hidden), np.cumsum(lengths, dtype=np.int64), np.concatenate(pooled))
+
+
+def _encode_pictures(encoding: Encoding, unit: Unit, stream: Iterator[Scanned], told: Told) -> Pictures:
+    """The next records of the stream, as many as the shard holds."""
+    shard = Pictures.zeros(encoding.identity, unit)
+    row = 0
+    while row < len(unit):
+        chunk = next(stream)
+        images = to_signed(chunk["image"])
+        rows = slice(row, row + len(images))
+        for side in range(shard.mean.shape[1]):
+            mean, std = encoding.vae.encode(images[:, :, ::-1] if side else images)
+            shard.mean[rows, side], shard.std[rows, side] = np.asarray(mean), np.asarray(std)
+        shard.problems.update((row + i, bad.reason) for i, bad in enumerate(chunk["problems"]) if bad is not None)
+        row += len(images)
+        told(unit, len(images))
+    for bad in shard.problems:
+        shard.bad[bad], shard.moments[bad] = True, 0
+    return shard
+
+
+def encode_every_step(
+    raw_batches: Iterable[RawBatch], vae: VAE, text_encoder: TextEncoder, dtype: str
+) -> Generator[EncodedBatch, None, None]:
+    """Encode raw batches as they come; moments are kept in ``dtype``."""
     for raw in raw_batches:
         mean, std = vae.encode(to_signed(raw["image"]))
-        hidden, pooled, mask = _encode_text(text_encoder, raw["ids"], raw["mask"])
+        states = text_encoder.encode_ids(raw["ids"], raw["mask"])
         yield {
-            "mean": np.asarray(mean),
-            "std": np.asarray(std),
-            "hidden": hidden.astype(np.float32),
-            "pooled": pooled.astype(np.float32),
-            "mask": mask,
+            "mean": np.asarray(mean).astype(dtype),
+            "std": np.asarray(std).astype(dtype),
+            "hidden": np.asarray(states.hidden).astype(TEXT_DTYPE),
+            "pooled": np.asarray(states.pooled).astype(TEXT_DTYPE),
+            "mask": raw["mask"],
         }
 
 
@@ -109,26 +129,26 @@ def to_signed(image: np.ndarray) -> np.ndarray:
     return image.astype(np.float32) / 127.5 - 1.0
 
 
-def _encode_text(
-    text_encoder: TextEncoder, ids: np.ndarray, mask: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    states = text_encoder.encode_ids(ids, mask)
-    return np.asarray(states.hidden).astype(TEXT_DTYPE), np.asarray(states.pooled).astype(TEXT_DTYPE), mask
+def tokenize_quietly(text_encoder: TextEncoder, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and mask of captions; those that are too long are cut without a word, as they are told all at once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return text_encoder.tokenize(captions)
 
 
 @dataclass(frozen=True)
 class StartCheck:
-    """What the first pictures look like to the encoders.
+    """What the first samples look like to the encoders.
 
     Attributes:
-      psnr: of pictures that went through the VAE, in dB.
-      preview_psnr: of the same latents as the previews' decoder returns them.
+      psnr: of pictures that went through the VAE, in dB; None where there are no pictures, as in a cache.
+      preview_psnr: of the same latents as the previews' decoder returns them; likewise.
       latent_mean, latent_std: of model latents; about 0 and 1 when scale and shift fit the VAE and the data.
       tokens: mean number of tokens per caption, BOS and EOS included.
     """
 
-    psnr: float
-    preview_psnr: float
+    psnr: float | None
+    preview_psnr: float | None
     latent_mean: float
     latent_std: float
     tokens: float
@@ -136,9 +156,9 @@ class StartCheck:
     def warnings(self) -> list[str]:
         """What is out of range, with the likely cause."""
         found = []
-        if self.psnr < 18.0:
+        if self.psnr is not None and self.psnr < 18.0:
             found.append(f"the VAE returns these pictures at {self.psnr:.1f} dB: is it made for such pictures?")
-        elif self.preview_psnr < 15.0:
+        elif self.preview_psnr is not None and self.preview_psnr < 15.0:
             found.append(f"preview_vae returns them at {self.preview_psnr:.1f} dB: is it made for latents of this VAE?")
         if not (abs(self.latent_mean) < 0.5 and 0.5 < self.latent_std < 2.0):
             found.append(
@@ -148,20 +168,31 @@ class StartCheck:
         return found
 
 
-def check_start(raw: RawBatch, vae: VAE, preview: VAE, latents: LatentScale) -> StartCheck:
-    """Send the pictures of one raw batch through the VAE and back, and look at latents and captions."""
-    images = to_signed(raw["image"])
-    mean, _ = vae.encode(images)
+def check_start(
+    batch: EncodedBatch, images: np.ndarray | None, vae: VAE, preview: VAE, latents: LatentScale
+) -> StartCheck:
+    """Look at the first samples: their latents and captions and, where pictures are given, their way through the VAE.
+
+    Args:
+      batch: encoded.
+      images: uint8 ``[B, height, width, 3]`` of the same samples.
+      vae: what encoded them.
+      preview: what decodes the samples of the run.
+      latents: the scale of the run.
+    """
+    mean = batch["mean"].astype(np.float32)
     model = np.asarray(latents.to_model(mean))
 
-    def psnr(decoder: VAE) -> float:
-        error = float(np.mean(np.square(np.asarray(decoder.decode(mean)) - images)))
-        return 10 * np.log10(4.0 / max(error, 1e-10))  # pictures span 2, from -1 to 1
+    def psnr(decoder: VAE) -> float | None:
+        if images is None:
+            return None
+        error = float(np.mean(np.square(np.asarray(decoder.decode(mean)) - to_signed(images))))
+        return 10 * math.log10(4.0 / max(error, 1e-10))  # pictures span 2, from -1 to 1
 
     return StartCheck(
         psnr=(own := psnr(vae)),
         preview_psnr=own if preview is vae else psnr(preview),
         latent_mean=float(model.mean()),
         latent_std=float(model.std()),
-        tokens=float(raw["mask"].sum(1).mean()),
+        tokens=float(batch["mask"].sum(1).mean()),
     )

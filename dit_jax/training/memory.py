@@ -18,7 +18,7 @@ from dit_jax.training.step import Batch, TrainStep
 
 
 def abstract_batch(model: DiT, B: int, h: int, w: int, dtype: DTypeLike) -> Batch:
-    """Shapes and dtypes of an encoded batch of B samples for an ``h x w`` latent grid, whose moments are kept in ``dtype``."""
+    """Shapes and dtypes of an encoded batch of B samples for an ``h x w`` latent grid; ``dtype`` is the moments'."""
     S, E, P = model.text_length, model.text_width, model.pooled_width
     moments = jax.ShapeDtypeStruct((B, h, w, model.in_channels), dtype)
     return {

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from dit_jax.data.loader import RawBatch
+from dit_jax.data.cache import Unit
 from dit_jax.errors import DivergedError
 from dit_jax.training.loss_scale import FLOOR
 from dit_jax.training.writer import Writer
@@ -44,7 +44,7 @@ class Progress:
             total=total_steps,
             initial=start,
             unit="step",
-            disable=not (sys.stderr.isatty() or "ipykernel" in sys.modules),
+            disable=not shows_bars(),
             dynamic_ncols=True,
         )
         self._late: tuple[int, dict[str, jax.Array]] | None = None
@@ -121,18 +121,69 @@ class Progress:
         self._bar.close()
 
 
-def count_pictures(chunks: Iterable[RawBatch], total: int, every: float) -> Iterator[RawBatch]:
-    """The same raw batches; says how many pictures were taken on, and when the rest will be, every so many seconds."""
-    begin = said = time.monotonic()
-    done = 0
-    for chunk in chunks:
-        yield chunk
-        done += len(chunk["ids"])
+class Counter:
+    """How far a long piece of work is, and when the rest will be done: a bar on a terminal, else a line now and then.
+
+    Args:
+      done: what was done, in a word, e.g. ``encoded``.
+      noun: of what there are ``total``.
+      total: how many there are.
+      every: seconds between two lines.
+    """
+
+    def __init__(self, done: str, noun: str, total: int, every: float):
+        self._words, self._total, self._every = (done, noun), total, every
+        self._bar = tqdm(total=total, desc=done, unit=f" {noun}", disable=not shows_bars(), dynamic_ncols=True)
+        self._begin = self._said = time.monotonic()
+        self._count = 0
+
+    def add(self, count: int) -> None:
+        """So many more are done."""
+        self._count += count
+        self._bar.update(count)
         now = time.monotonic()
-        if done < total and now - said >= every:
-            said = now
-            left = (now - begin) / done * (total - done)
-            print(f"encoded {done:,} of {total:,} pictures, {duration(left)} left", flush=True)
+        if self._bar.disable and self._count < self._total and now - self._said >= self._every:
+            self._said = now
+            left = (now - self._begin) / self._count * (self._total - self._count)
+            done, noun = self._words
+            print(f"{done} {self._count:,} of {self._total:,} {noun}, {duration(left)} left", flush=True)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.close()
+
+
+class EncodingCounter:
+    """How far the encoding of a data set is: a `Counter` of pictures, then one of captions.
+
+    Args:
+      units: the shards that are to be encoded.
+      every: seconds between two lines.
+    """
+
+    def __init__(self, units: Iterable[Unit], every: float):
+        self._totals = {"pictures": 0, "texts": 0}
+        for unit in units:
+            self._totals[unit.kind] += len(unit)
+        self._every = every
+        self._counters: dict[str, Counter] = {}
+
+    def told(self, unit: Unit, count: int) -> None:
+        """So many more captions or pictures of a shard are encoded."""
+        if unit.kind not in self._counters:
+            noun = {"pictures": "pictures", "texts": "captions"}[unit.kind]
+            self._counters[unit.kind] = Counter("encoded", noun, self._totals[unit.kind], self._every)
+        self._counters[unit.kind].add(count)
+
+    def close(self) -> None:
+        """Take the bars away."""
+        for counter in self._counters.values():
+            counter.close()
+
+
+def shows_bars() -> bool:
+    """Whether somebody watches: on a terminal or in a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 def check_finite(step: int, metrics: Mapping[str, float | jax.Array]) -> None:

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from dit_jax.data.cache import Unit
 from dit_jax.errors import DivergedError
-from dit_jax.training.progress import Progress, check_finite, count_pictures, duration
+from dit_jax.training.progress import Counter, EncodingCounter, Progress, check_finite, duration
 from dit_jax.training.writer import Writer, truncate_rows
 
 
@@ -99,10 +100,22 @@ def test_durations_are_readable():
     assert [duration(s) for s in (7, 245, 11520)] == ["7s", "4m05s", "3h12m"]
 
 
-def test_the_encoding_of_a_source_says_how_far_it_is_and_passes_all_on(capsys):
-    chunks = [{"ids": np.zeros((size, 4), np.int32)} for size in (4, 4, 2)]
-    assert list(count_pictures(chunks, 10, every=0.0)) == chunks
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.rpartition(", ")[0] for line in lines] == [f"encoded {done} of 10 pictures" for done in (4, 8)]
-    list(count_pictures(chunks, 10, every=60.0))
-    assert not capsys.readouterr().out
+def test_a_long_piece_of_work_says_how_far_it_is(capsys):
+    for every in (0.0, 60.0):
+        counter = Counter("encoded", "pictures", 10, every)
+        for count in (4, 4, 2):
+            counter.add(count)
+        counter.close()
+        lines = capsys.readouterr().out.splitlines()
+        said = [f"encoded {done} of 10 pictures" for done in (4, 8)]
+        assert [line.rpartition(", ")[0] for line in lines] == (said if every == 0.0 else [])
+
+
+def test_pictures_and_captions_are_counted_apart(capsys):
+    units = [Unit("pictures", 0, 2, 0, 0, 6), Unit("pictures", 1, 2, 0, 6, 9), Unit("texts", 0, 1, 0, 0, 4)]
+    counter = EncodingCounter(units, every=0.0)
+    for unit, count in ((units[0], 6), (units[2], 2)):
+        counter.told(unit, count)
+    counter.close()
+    lines = [line.rpartition(", ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["encoded 6 of 9 pictures", "encoded 2 of 4 captions"]

@@ -1,0 +1,261 @@
+"""What a run is fed with: from ``data`` of a config to encoded batches, a function of the step.
+
+    source --scan--> encode_units --> Cache in memory --gather--> batches        data.encode=once
+    source --batches--> encode_every_step --> batches                            data.encode=every_step
+    cache:FOLDER --> Cache on disk --gather--> batches                           see dit_jax.precompute
+
+All three give the same batches for the same config and records.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Generator
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dit_jax import build
+from dit_jax.data.ahead import gathered
+from dit_jax.data.bad_records import BadRecords, Replaced, too_many
+from dit_jax.data.buckets import assign, sizes_of
+from dit_jax.data.cache import Cache, Pictures, Table, Texts, Unit, flat, in_memory, mismatches, tabulate, units
+from dit_jax.data.loader import batches
+from dit_jax.data.order import Order, caption_words, is_mirrored
+from dit_jax.data.sources import Source
+from dit_jax.encoders import VAE, TextEncoder
+from dit_jax.encoders.latents import measure_scale
+from dit_jax.errors import ConfigError, DataError
+from dit_jax.training import encode
+from dit_jax.training.encode import EncodedBatch, Encoding
+from dit_jax.training.progress import EncodingCounter
+
+FIRST = 8  # samples that the start check looks at
+MEASURED = 2048  # samples whose latents are measured
+THREADS = 8  # that read and decode pictures, in every process that does
+SAY_EVERY = 30.0  # seconds between two lines on how far the encoding is
+PER_SHARD = 4096  # records, or captions, that are encoded as a whole
+
+# Of what a cache says of itself, what a run does not care for.
+NOT_ASKED = (
+    "format",
+    "data.name",
+    "data.fingerprint",
+    "vae.name",
+    "text_encoder.name",
+    "records_per_shard",
+    "captions_per_shard",
+)
+
+Batches = Callable[[int, int], Generator[EncodedBatch, None, None]]  # (first step, last step) -> encoded batches
+Say = Callable[[str], None]
+
+
+class Feed(NamedTuple):
+    """The data of a run.
+
+    Attributes:
+      batches: (first step, last step) -> encoded batches of the steps between.
+      grids: the latent grids ``(h, w)`` that batches have: one per bucket that has records.
+    """
+
+    batches: Batches
+    grids: list[tuple[int, int]]
+
+
+def open_feed(
+    config: ConfigDict,
+    workdir: Path,
+    source: Source | Cache,
+    vae: VAE,
+    preview: VAE,
+    text_encoder: TextEncoder,
+    say: Say,
+) -> Feed:
+    """Encode the source, or get ready to at every step; fill ``config.latents``; look at the first samples.
+
+    Args:
+      config: resolved; ``latents`` is filled in place where it is empty.
+      workdir: the run's folder, for its list of bad records.
+      source: the training part of ``data.source``.
+      vae, text_encoder: what encodes.
+      preview: what decodes the samples of the run.
+      say: is given what a person should know, line by line.
+
+    Raises:
+      ConfigError: a cache that was made in another way than the config says.
+      DataError: a data set that cannot be read.
+    """
+    data = config.data
+    images = None
+    if isinstance(source, Cache):
+        check_cache(config, source, vae, text_encoder)
+        order = build.make_order(config, source, source.bucket)
+        flip = source.mirrored and data.flip != "off"
+        encoded_batches = gathered_batches(config, source, order, flip)
+        shapes = source.shapes
+    else:
+        bad_records = build.make_bad_records(config, workdir / "bad_records.jsonl", len(source))
+        shapes = build.make_shapes(config, vae.factor)
+        bucket = find_buckets(source, shapes, say)
+        order = build.make_order(config, source, bucket)
+        samples = build.make_samples(config, source, order, shapes)
+        images = np.stack([samples[k].image for k in range(min(FIRST, config.batch_size))])
+        if data.encode == "once":
+            cache = encode_once(config, source, bucket, shapes, samples.flip, vae, text_encoder, bad_records, say)
+            encoded_batches = gathered_batches(config, cache, order, samples.flip)
+        else:
+
+            def encoded_batches(start: int, stop: int) -> Generator[EncodedBatch, None, None]:
+                tokenize = functools.partial(encode.tokenize_quietly, text_encoder)
+                how = THREADS, data.workers, data.patience
+                raw = batches(samples, tokenize, bad_records, start, stop, *how)
+                return encode.encode_every_step(raw, vae, text_encoder, data.storage_dtype)
+
+        if bad_records:
+            say(f"bad records: {len(bad_records)}, replaced by others, listed in {bad_records.path}")
+    if not config.latents.scale:
+        fill_latents(config, vae, encoded_batches, len(source))
+    say_start_check(config, encoded_batches, images, vae, preview, say)
+    return Feed(encoded_batches, [tuple(side // vae.factor for side in shapes[bucket]) for bucket in order.used])
+
+
+# ------------------------------------------------------------------------------------------------ encoded as a whole
+
+
+def find_buckets(source: Source, shapes: tuple[tuple[int, int], ...], say: Say) -> np.ndarray:
+    """Which shape the picture of every record is cut to, uint8 ``[n]``; with one shape nothing is looked at."""
+    if len(shapes) == 1:
+        return np.zeros(len(source), np.uint8)
+    begin = time.monotonic()
+    say(f"reading the sizes of {len(source):,} pictures ...")
+    bucket = assign(sizes_of(source, THREADS), shapes)
+    counts = np.bincount(bucket, minlength=len(shapes)).tolist()
+    found = ", ".join(f"{w}x{h}: {count:,}" for (h, w), count in zip(shapes, counts, strict=True) if count)
+    say(f"buckets, in {time.monotonic() - begin:.0f} s: {found} pictures")
+    return bucket
+
+
+def encode_once(
+    config: ConfigDict,
+    source: Source,
+    bucket: np.ndarray,
+    shapes: tuple[tuple[int, int], ...],
+    flip: bool,
+    vae: VAE,
+    text_encoder: TextEncoder,
+    bad_records: BadRecords,
+    say: Say,
+) -> Cache:
+    """Encode every record and every distinct caption, and keep all of it in memory.
+
+    Raises:
+      DataError: too many bad records, as soon as there are.
+    """
+    table = tabulate(source, bucket)
+    counts = table.counts(len(shapes))
+    identity = build.make_identity(config, source.name, "", counts, shapes, flip, vae, text_encoder, PER_SHARD)
+    begin = time.monotonic()
+    say(f"encoding {len(source):,} pictures and {len(table.captions):,} captions ...")
+    wanted, shards = units(identity), []
+    with closing(EncodingCounter(wanted, SAY_EVERY)) as counter:
+        how = THREADS, config.data.workers, config.data.patience
+        encoding = Encoding(identity, source, table, vae, text_encoder, *how)
+        for unit, shard in encode.encode_units(encoding, wanted, counter.told):
+            shards.append(shard)
+            note_problems(bad_records, table, unit, shard)
+    mirrored = " and their mirror images" if flip else ""
+    say(f"encoded {len(source):,} pictures{mirrored} in {time.monotonic() - begin:.0f} s")
+    return in_memory(identity, table, shards)
+
+
+def note_problems(bad_records: BadRecords, table: Table, unit: Unit, shard: Pictures | Texts) -> None:
+    """Count and list the bad records of a shard; what stands in for them is a run's choice.
+
+    Raises:
+      DataError: too many bad records.
+    """
+    if isinstance(shard, Pictures) and shard.problems:
+        records = unit.records(table).tolist()
+        for row, reason in shard.problems.items():
+            bad_records.add(records[row], Replaced(table.ids[records[row]], reason, None))
+
+
+def gathered_batches(config: ConfigDict, cache: Cache, order: Order, flip: bool) -> Batches:
+    """Batches of a cache, gathered by threads."""
+    used = order.stand_ins(cache.bad)
+    B, seed = config.batch_size, config.seed
+
+    def make(step: int) -> EncodedBatch:
+        k = np.arange(step * B, (step + 1) * B)
+        sides = is_mirrored(k, seed) if flip else np.zeros(B, bool)
+        return cache.gather(used[order.indices(k)], caption_words(k, seed), sides)
+
+    return lambda start, stop: gathered(make, start, stop, max(1, config.data.workers))
+
+
+def check_cache(config: ConfigDict, cache: Cache, vae: VAE, text_encoder: TextEncoder) -> None:
+    """Hold a cache to the config of the run.
+
+    Raises:
+      ConfigError: it was made with other encoders or in another way; every field is named.
+      DataError: more of its records are bad than a run bears.
+    """
+    shapes = build.make_shapes(config, vae.factor)
+    mirrored = cache.mirrored or config.data.flip == "on"
+    asked = build.make_identity(config, "", "", {}, shapes, mirrored, vae, text_encoder, 0)
+    wrong = mismatches(cache.identity, {name: value for name, value in flat(asked).items() if name not in NOT_ASKED})
+    if wrong:
+        raise ConfigError(
+            f"{config.data.source} was not made for this config: {'; '.join(wrong)}; set the keys to the cache's, or"
+            " make another cache: python -m dit_jax.precompute"
+        )
+    bad = int(cache.bad.sum())
+    if too_many(bad, config.data.max_bad_fraction, len(cache)):
+        raise DataError(
+            f"{config.data.source}: {bad:,} of {len(cache):,} records are bad, more than"
+            f" data.max_bad_fraction={config.data.max_bad_fraction} allows (bad_records.jsonl in its folder lists them)"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ the first samples
+
+
+def fill_latents(config: ConfigDict, vae: VAE, encoded_batches: Batches, records: int) -> None:
+    """Write the shift and scale of latents into the config: the VAE's own, or as measured on the first samples."""
+    scale = vae.latent_scale
+    if config.latents.normalize == "measured":
+        some = list(encoded_batches(0, -(-min(MEASURED, records) // config.batch_size)))
+        with build.config_errors("latents"):
+            scale = measure_scale(*(_flat([batch[key] for batch in some]) for key in ("mean", "std")))
+    config.latents.shift, config.latents.scale = tuple(scale.shift.tolist()), tuple(scale.scale.tolist())
+
+
+def _flat(moments: list[np.ndarray]) -> np.ndarray:
+    """Moments ``[B, h, w, C]``, perhaps on different grids, as one array ``[P, 1, 1, C]``."""
+    return np.concatenate([array.reshape(-1, 1, 1, array.shape[-1]) for array in moments])
+
+
+def say_start_check(
+    config: ConfigDict,
+    encoded_batches: Batches,
+    images: np.ndarray | None,
+    vae: VAE,
+    preview: VAE,
+    say: Say,
+) -> None:
+    """Look at the first samples, and say what is found and what is wrong with it."""
+    with closing(encoded_batches(0, 1)) as stream:
+        batch = {key: array[:FIRST] for key, array in next(stream).items()}
+    check = encode.check_start(batch, images, vae, preview, build.make_latents(config))
+    trip = "" if check.psnr is None else f"VAE round trip {check.psnr:.1f} dB, "
+    say(
+        f"start check: {trip}latents mean {check.latent_mean:.2f} std {check.latent_std:.2f},"
+        f" {check.tokens:.1f} tokens a caption"
+    )
+    if preview is not vae and check.preview_psnr is not None:
+        say(f"start check: {preview.name} decodes them for the samples of the run, {check.preview_psnr:.1f} dB")
+    for warning in check.warnings():
+        say(f"warning: {warning}")

@@ -1,0 +1,301 @@
+"""Encodes a data set once, into a cache that any number of runs train from.
+
+    python -m dit_jax.precompute --config=configs/small.py --config.data.source=folder:my_pictures --output=caches/mine
+    python -m dit_jax.main --config=configs/small.py --config.data.source=cache:caches/mine
+    python -m dit_jax.precompute --config=configs/small.py --inspect=folder:my_pictures
+
+The same command again goes on where it was interrupted. ``--shard=i/n`` does the i-th of n parts of the work, i from 0
+to n - 1: processes on any machines that share the folder do one part each, in any order, and the last to end finishes
+the cache. What is in it does not depend on who made what. ``--inspect`` looks at a data set, or at a cache, encodes
+nothing, and writes nothing but a contact sheet.
+"""
+
+import argparse
+import dataclasses
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dit_jax.config import load_config
+from dit_jax.errors import ConfigError, WorkdirError
+from dit_jax.runtime import add_flags, path_of, read_overrides, run_program, set_up, writable
+
+if TYPE_CHECKING:
+    from dit_jax.data.cache import Cache, Unit
+    from dit_jax.data.sources import Record
+    from dit_jax.training.encode import Encoding
+
+TRIED = (16, 256)  # pictures or captions whose encoding is timed for the forecast: few, and more where few are quick
+LONG_ENOUGH = 2.0  # seconds that tell how quick it is
+COUNTED = 2000  # captions whose tokens are counted for it
+SPARE = 2**28  # bytes of the disk that are not filled
+GIB = 2**30
+SHEET = (6, 4)  # columns and rows of a contact sheet
+OPENED = 20_000  # pictures of a larger set are sampled when it is inspected
+
+
+def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shard: int) -> None:
+    """Encode what is missing of a part of the data set, and finish the cache if nothing else is missing.
+
+    Args:
+      config: as `dit_jax.config.load_config` returns it.
+      output: the folder of the cache.
+      part, parts: which part of the work, 0 to ``parts - 1``.
+      per_shard: records, or captions, in a file.
+
+    Raises:
+      ConfigError: values that cannot be.
+      DataError: a data set that cannot be read, or a folder that holds something else.
+      WorkdirError: the folder cannot be written to, or its disk is too small.
+    """
+    from dit_jax import build
+    from dit_jax.data import cache_files
+    from dit_jax.data.cache import units
+    from dit_jax.feed import SAY_EVERY, note_problems
+    from dit_jax.training.encode import encode_units
+    from dit_jax.training.progress import EncodingCounter, duration
+
+    # ---- what there is, and what is missing
+    encoding = open_encoding(config, per_shard)
+    identity, table = encoding.identity, encoding.table
+    pictures, captions = len(table.bucket), len(table.captions)
+    say(f"data: {encoding.source.name}, {pictures:,} pictures, {captions:,} distinct captions -> {output}")
+    bad_records = build.make_bad_records(config, None, pictures)
+    every_unit = units(identity)
+    mine = every_unit[part::parts]
+    with writable(output):
+        cache_files.begin(output, identity, table)
+        missing = set(cache_files.missing(output, identity))
+    left = [unit for unit in mine if unit in missing]
+    whose = f"part {part} of {parts}: " if parts > 1 else ""
+    say(f"{whose}{len(left)} of {len(mine)} files to make")
+
+    # ---- encode
+    if left:
+        forecast(config, output, encoding, left)
+        begin = time.monotonic()
+        with closing(EncodingCounter(left, SAY_EVERY)) as counter:
+            for unit, shard in encode_units(encoding, left, counter.told):
+                note_problems(bad_records, table, unit, shard)
+                with writable(output):
+                    cache_files.write(output, identity, unit, shard)
+        say(f"encoded {sum(map(len, left)):,} pictures and captions in {duration(time.monotonic() - begin)}")
+
+    # ---- finish
+    if others := cache_files.missing(output, identity):
+        say(f"{len(others)} of {len(every_unit)} files are missing still; the other parts make them")
+        return
+    with writable(output):
+        manifest = cache_files.finish(output, identity, say_hashed())
+    size = sum(known["bytes"] for known in manifest["shards"].values())
+    say(f"done: {size / GIB:.2f} GiB, {size / pictures:,.0f} bytes a picture, {manifest['bad_records']:,} bad records")
+    say(f"train from it: --config.data.source=cache:{output}")
+
+
+def open_encoding(config: ConfigDict, per_shard: int) -> "Encoding":
+    """The data set of a config with its encoders and all that is known of a cache before anything is encoded."""
+    from dit_jax import build
+    from dit_jax.data.cache import Cache, tabulate
+    from dit_jax.feed import THREADS, find_buckets
+    from dit_jax.training.encode import Encoding
+
+    source = build.make_source(config, "all")
+    if isinstance(source, Cache):
+        raise ConfigError(f"data.source={config.data.source} is encoded already")
+    if config.data.crop == "random":
+        raise ConfigError("data.crop=random cannot be cached: a picture that is encoded once is cut once")
+    vae, text_encoder = build.make_vae(config), build.make_text_encoder(config)
+    build.resolve(config, len(source), vae.shape, text_encoder.shape, 1)
+    for encoder in (vae, text_encoder):
+        say(f"encoder: {encoder.name} sha256 {encoder.sha256[:12]}")
+    shapes = build.make_shapes(config, vae.factor)
+    table = tabulate(source, find_buckets(source, shapes, say))
+    counts, mirrored = table.counts(len(shapes)), build.choose_flip(config, source)
+    identity = build.make_identity(
+        config, source.name, source.fingerprint(), counts, shapes, mirrored, vae, text_encoder, per_shard
+    )
+    how = THREADS, config.data.workers, config.data.patience
+    return Encoding(identity, source, table, vae, text_encoder, *how)
+
+
+def forecast(config: ConfigDict, output: Path, encoding: "Encoding", left: "Sequence[Unit]") -> None:
+    """Say how much disk and time the work will take, from encoding a few pictures and captions.
+
+    Raises:
+      WorkdirError: there is less room on the disk.
+    """
+    from dit_jax.data.cache import moments_shape
+    from dit_jax.training.encode import encode_units, tokenize_quietly
+    from dit_jax.training.progress import duration
+
+    identity, text = encoding.identity, encoding.text_encoder
+    shards = {kind: [unit for unit in left if unit.kind == kind] for kind in ("pictures", "texts")}
+    counts = {kind: sum(map(len, some)) for kind, some in shards.items()}
+    itemsize = np.dtype(identity["storage_dtype"]).itemsize
+    of_pictures = sum(int(np.prod(moments_shape(identity, unit))) for unit in shards["pictures"]) * itemsize
+    of_texts, tokens = 0, 0.0
+    if shards["texts"]:
+        some = shards["texts"][:: -(-len(shards["texts"]) // 8)]
+        captions = [caption for unit in some for caption in unit.captions(encoding.table)[: COUNTED // len(some)]]
+        tokens = float(tokenize_quietly(text, captions)[1].sum(1).mean())
+        of_texts = int(counts["texts"] * (2 * tokens * text.width + 2 * text.pooled_width + 8))
+
+    seconds = 0.0
+    for some in filter(None, shards.values()):
+        for count in TRIED:
+            trial = dataclasses.replace(some[0], last=min(some[0].last, some[0].first + count))
+            for _ in range(2):  # the first compiles
+                begin = time.monotonic()
+                list(encode_units(encoding, [trial], lambda unit, count: None))
+                taken = time.monotonic() - begin
+            if taken > LONG_ENOUGH:
+                break
+        seconds += taken / len(trial) * sum(map(len, some))
+    free = shutil.disk_usage(output).free
+    say(
+        f"forecast: latents {of_pictures / GIB:.2f} GiB, text {of_texts / GIB:.2f} GiB ({tokens:.1f} tokens a caption),"
+        f" {duration(seconds)}; the disk has {free / GIB:.2f} GiB free"
+    )
+    if of_pictures + of_texts + SPARE > free:
+        raise WorkdirError(
+            f"the disk of {output} has {free / GIB:.2f} GiB free, and the cache needs"
+            f" {(of_pictures + of_texts) / GIB:.2f}; make room, or give another --output"
+        )
+
+
+def inspect(config: ConfigDict, sheet: Path) -> None:
+    """Say what ``data.source`` holds, a data set or a cache, and write some of it as a contact sheet.
+
+    Args:
+      config: as `dit_jax.config.load_config` returns it; captions are counted in tokens of its text encoder.
+      sheet: the PNG file.
+    """
+    from dit_jax import build
+    from dit_jax.data.cache import Cache
+    from dit_jax.data.cache_inspection import inspect_cache
+    from dit_jax.data.contact_sheet import contact_sheet, lay_out
+    from dit_jax.data.inspection import inspect
+    from dit_jax.feed import THREADS
+
+    source = build.make_source(config, "all")
+    if isinstance(source, Cache):
+        lines = inspect_cache(path_of(config.data.source.removeprefix("cache:")), say).lines()
+        image = lay_out(f"{config.data.source}: decoded from its latents", decoded(config, source), SHEET[0])
+    else:
+        text = build.make_text_encoder(config)
+        say(f"tokens are those of {text.name}")
+        shapes = build.make_shapes(config, build.describe_encoders(config)[0].factor) if config.data.buckets else ()
+        size, bad = config.data.image_size, config.data.max_bad_fraction
+        lines = inspect(source, text.tokenizer.count, text.length, size, bad, shapes, OPENED, THREADS, say).lines()
+        image = contact_sheet(source, *SHEET)
+    with writable(sheet.parent):
+        image.save(sheet)
+    say("\n".join([*lines, f"contact sheet: {sheet}"]))
+
+
+def decoded(config: ConfigDict, cache: "Cache") -> "Iterator[Record]":
+    """Some records of a cache, their pictures decoded from the latents.
+
+    Raises:
+      ConfigError: they were encoded by another VAE than the config's.
+    """
+    from dit_jax import build
+    from dit_jax.data.contact_sheet import spread
+    from dit_jax.data.sources import Record
+
+    vae, made_by = build.make_vae(config), cache.identity["vae"]
+    if vae.sha256 != made_by["sha256"]:
+        raise ConfigError(
+            f"vae is {vae.name}, but {config.data.source} was made by another; --config.vae={made_by['name']}"
+        )
+    good = np.flatnonzero(~cache.bad)
+    ids, captions = list(cache.ids()), list(cache.captions())
+    for index in good[spread(SHEET[0] * SHEET[1], len(good))].tolist():
+        one = cache.gather(np.array([index]), np.zeros(1, np.uint64), np.zeros(1, bool))
+        pixels = np.asarray(vae.decode(one["mean"].astype(np.float32)))[0]
+        yield Record(np.round((pixels + 1) * 127.5).astype(np.uint8), captions[index], ids[index])
+
+
+def say_hashed() -> "Callable[[int, int], None]":
+    """What says now and then how many bytes of how many are hashed."""
+    from dit_jax.feed import SAY_EVERY
+
+    said = time.monotonic()
+
+    def told(done: int, total: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > SAY_EVERY:
+            said = time.monotonic()
+            say(f"hashed {done / GIB:.1f} of {total / GIB:.1f} GiB")
+
+    return told
+
+
+def say(line: str) -> None:
+    """A line for the person who watches, at once."""
+    print(line, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program's flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dit_jax.precompute",
+        description="Encode a data set once, for any number of runs; the same command again goes on.",
+        epilog="Any key of the config can be set: --config.data.source=folder:PATH. configs/default.py lists all keys.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", help="FILE.py, FILE.py:key=value,key=value or a run's config.json; to inspect, configs/default.py"
+    )
+    parser.add_argument("--output", type=path_of, help="folder of the cache; default: caches/<config name>")
+    parser.add_argument("--shard", type=part_of, default=(0, 1), help="i/n: the i-th of n parts, i from 0 to n - 1")
+    parser.add_argument(
+        "--records_per_file", type=count_of, default=4096, help="pictures, or captions, in a file; 4096"
+    )
+    parser.add_argument("--inspect", metavar="SOURCE", help="look at a data set or cache, and encode nothing")
+    parser.add_argument("--sheet", type=path_of, default=Path("contact_sheet.png"), help="with --inspect: the PNG file")
+    add_flags(parser)
+    args, rest = parser.parse_known_args(argv)
+    overrides = read_overrides(parser, rest)
+    if args.config is None and args.inspect is None:
+        parser.error("--config is needed: it says which encoders, and how large the pictures are")
+
+    def run() -> None:
+        config = load_config(args.config or "configs/default.py", overrides)
+        set_up(args.allow_cpu, args.verbose)
+        if args.inspect is not None:
+            config.data.source = args.inspect
+            inspect(config, args.sheet)
+        else:
+            output = args.output or Path("caches") / Path(args.config.partition(":")[0]).stem
+            part, parts = args.shard
+            precompute(config, output, part, parts, args.records_per_file)
+
+    run_program(run, args.traceback, "JAX_PLATFORMS=cpu encodes it in the host's memory")
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """``i/n`` as numbers."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not i/n with i from 0 to n - 1")
+    return int(found[1]), int(found[2])
+
+
+def count_of(text: str) -> int:
+    """A number, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,311 @@
+"""A cache is what its raw pictures are, whoever made it in how many pieces; and it is never taken for another."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dit_jax import precompute
+from dit_jax.data.cache_files import open_cache
+from dit_jax.encoders.places import ASSETS
+from dit_jax.errors import ConfigError, DataError, WorkdirError
+from tests.data.same_pictures import same_pictures
+from tests.tiny_run import CONFIG, TINY, tiny_config, train_tiny
+
+STEPS = {"total_steps": "5", "log_every": "1", "save_every": "0", "sample_every": "0", "model__dropout": "0"}
+
+
+def make(output, part=0, parts=1, per_file=5, **changes):
+    """A cache of the shapes world, or of other data."""
+    precompute.precompute(tiny_config(**changes), output, part, parts, per_file)
+    return output
+
+
+def losses(workdir, **changes):
+    train_tiny(workdir, **STEPS, **changes)
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    return [row["loss"] for row in rows]
+
+
+def content(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A finished cache of 28 pictures in 6 files and their captions in as many; tests leave it as it is."""
+    return make(tmp_path_factory.mktemp("caches") / "shapes")
+
+
+# --- the same numbers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["folder", "wds", "tfds"])
+def test_raw_pictures_and_their_cache_give_the_same_losses(kind, tmp_path):
+    source = same_pictures(tmp_path)[kind]
+    changes = {"data__storage_dtype": "float16", "data__flip": "on", "batch_size": "4"}
+    cache = make(tmp_path / "cache", data__source=source, **changes)
+    runs = [
+        losses(tmp_path / "once", data__source=source, **changes),
+        losses(tmp_path / "every_step", data__source=source, data__encode="every_step", **changes),
+        losses(tmp_path / "cached", data__source=f"cache:{cache}", **changes),
+    ]
+    np.testing.assert_allclose(runs[1:], [runs[0]] * 2, rtol=1e-5)
+    assert len(set(np.round(runs[0], 4))) > 2  # the losses are those of different batches
+
+
+def test_the_three_kinds_give_the_same_losses(tmp_path):
+    places = same_pictures(tmp_path)
+    runs = [losses(tmp_path / kind, data__source=places[kind], batch_size="4") for kind in ("folder", "wds", "tfds")]
+    np.testing.assert_allclose(runs[1:], [runs[0]] * 2, rtol=1e-5)
+
+
+def draw(folder, sizes, bad=()):
+    """Pictures of random noise and several captions each; those of ``bad`` are broken."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    rows = []
+    for i, (width, height) in enumerate(sizes):
+        name = f"{i:02}.png"
+        if i in bad:
+            (folder / name).write_bytes(b"no picture")
+        else:
+            small = Image.fromarray(random.integers(0, 255, (4, 4, 3), np.uint8))
+            small.resize((width, height), Image.Resampling.BICUBIC).save(folder / name)
+        rows.append(
+            json.dumps(
+                {"file_name": name, "text": [f"a picture {i}", f"there is {i}", f"an image with {i}"][: 1 + i % 3]}
+            )
+        )
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return f"folder:{folder}"
+
+
+WIDE, TALL, SQUARE = (96, 64), (64, 96), (64, 64)
+
+
+def test_buckets_bad_records_several_captions_and_a_validation_part_survive_the_cache(tmp_path):
+    source = draw(tmp_path / "pictures", [WIDE, TALL, SQUARE] * 10, bad=(3, 7))
+    changes = {
+        "data__buckets": "5",
+        "data__max_bad_fraction": "0.2",
+        "data__validation_fraction": "0.2",
+        "data__flip": "on",
+        "batch_size": "4",
+        "latents__normalize": "measured",
+    }
+    cache = make(tmp_path / "cache", data__source=source, **changes)
+    assert len((cache / "bad_records.jsonl").read_text().splitlines()) == 2
+    runs = [
+        losses(tmp_path / "once", data__source=source, **changes),
+        losses(tmp_path / "every_step", data__source=source, data__encode="every_step", **changes),
+        losses(tmp_path / "cached", data__source=f"cache:{cache}", **changes),
+    ]
+    np.testing.assert_allclose(runs[1:], [runs[0]] * 2, rtol=1e-5)
+
+
+def test_a_mixture_of_caches_is_the_mixture_of_their_sources(tmp_path):
+    sources = [draw(tmp_path / "a", [SQUARE] * 6), draw(tmp_path / "b", [SQUARE] * 9)]
+    caches = [f"cache:{make(tmp_path / f'cache_{i}', data__source=one)}" for i, one in enumerate(sources)]
+    runs = [
+        losses(tmp_path / name, data__source=f"3*{a} + {b}", batch_size="4")
+        for name, (a, b) in {"raw": sources, "cached": caches}.items()
+    ]
+    np.testing.assert_allclose(runs[0], runs[1], rtol=1e-5)
+
+
+def test_a_run_on_raw_pictures_goes_on_from_their_cache(tmp_path):
+    places = same_pictures(tmp_path)
+    changes = {**STEPS, "batch_size": "4"}
+    cache = make(tmp_path / "cache", data__source=places["folder"], batch_size="4")
+    whole = train_tiny(tmp_path / "whole", data__source=places["folder"], **changes)
+    halves = train_tiny(tmp_path / "halves", data__source=places["folder"], stop_at_step="2", **changes)
+    train_tiny(halves, data__source=f"cache:{cache}", **changes)
+    assert (whole / "metrics.jsonl").read_text() == (halves / "metrics.jsonl").read_text()
+
+
+# --- made in pieces -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [2, 5])
+def test_parts_made_in_any_order_are_the_same_cache_byte_for_byte(parts, cache, tmp_path, capsys):
+    for part in reversed(range(parts)):
+        assert not (tmp_path / "manifest.json").exists()
+        make(tmp_path, part, parts)
+    assert content(tmp_path) == content(cache)
+    assert "missing still; the other parts make them" in capsys.readouterr().out
+
+
+def test_files_that_are_there_are_not_made_again(cache, tmp_path, capsys):
+    shutil.copytree(cache, tmp_path, dirs_exist_ok=True)
+    for gone in ("manifest.json", "pictures-00003-of-00006.safetensors"):
+        (tmp_path / gone).unlink()
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*-of-*")}
+    make(tmp_path)
+    after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*-of-*")}
+    assert before.items() <= after.items() and len(after) == len(before) + 1
+    assert content(tmp_path) == content(cache)
+    assert "1 of 12 files to make" in capsys.readouterr().out
+
+
+def command(output, *flags, **changes):
+    overrides = TINY | {"data.num_pictures": "200", "data.source": "shapes"} | changes
+    keys = [f"--config.{key}={value}" for key, value in overrides.items()]
+    return [sys.executable, "-m", "dit_jax.precompute", f"--config={CONFIG}", f"--output={output}", *flags, *keys]
+
+
+def killed_and_finished(output, kills):
+    """Kill the program as soon as it has written another file, some times, then let it end."""
+    for _ in range(kills):
+        before = len(list(output.glob("*-of-*")))
+        process = subprocess.Popen(command(output, "--records_per_file=2"), stdout=subprocess.DEVNULL)
+        while len(list(output.glob("*-of-*"))) == before:
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    subprocess.run(command(output, "--records_per_file=2"), check=True, stdout=subprocess.DEVNULL)
+    return output
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_cache_that_was_killed_again_and_again_is_the_same_byte_for_byte(kills, tmp_path):
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    subprocess.run(command(whole, "--records_per_file=2"), check=True, stdout=subprocess.DEVNULL)
+    assert content(killed_and_finished(pieces, kills)) == content(whole)
+
+
+# --- never taken for another --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"data__image_size": "32"}, "image_size: cache 64, run 32"),
+        ({"data__buckets": "3"}, "buckets: cache "),
+        ({"data__flip": "on"}, "mirrored: cache False, run True"),
+        ({"data__storage_dtype": "float16"}, "storage_dtype: cache float32, run float16"),
+        ({"data__crop": "random", "data__encode": "every_step"}, "crop: cache center, run random"),
+    ],
+)
+def test_a_cache_of_another_config_is_refused_by_the_name_of_the_field(changes, field, cache, tmp_path):
+    with pytest.raises(ConfigError, match=field):
+        train_tiny(tmp_path, data__source=f"cache:{cache}", **changes)
+
+
+def another(encoder, tmp_path, change):
+    """A copy of an embedded encoder with another config."""
+    folder = shutil.copytree(ASSETS / encoder, tmp_path / encoder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(change(config)))
+    return str(folder)
+
+
+def test_a_cache_of_another_vae_or_scale_is_refused(cache, tmp_path):
+    vae = another("tiny_vae", tmp_path, lambda config: config | {"scaling_factor": 2.0})
+    with pytest.raises(ConfigError, match=r"vae\.sha256: cache \w+\.\., run \w+\.\.; vae\.scale: cache .*, run \[2\.0"):
+        train_tiny(tmp_path / "run", data__source=f"cache:{cache}", vae=vae)
+
+
+def test_a_cache_of_another_text_encoder_is_refused(cache, tmp_path):
+    text = another("tiny_clip", tmp_path, lambda config: config | {"note": "another"})
+    with pytest.raises(ConfigError, match=r"text_encoder\.sha256: cache \w+\.\., run"):
+        train_tiny(tmp_path / "run", data__source=f"cache:{cache}", text_encoder=text)
+
+
+def test_another_cache_in_the_folder_is_left_as_it_is(cache, tmp_path):
+    shutil.copytree(cache, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(DataError, match="data.records"):
+        make(tmp_path, data__num_pictures="20")
+    assert content(tmp_path) == content(cache)
+
+
+def test_too_many_bad_records_stop_the_work_and_a_run(tmp_path):
+    source = draw(tmp_path / "pictures", [SQUARE] * 12, bad=range(4))
+    with pytest.raises(DataError, match=r"\d of 12 records are bad.*00\.png: not a picture"):
+        make(tmp_path / "cache", data__source=source)
+    cache = make(tmp_path / "cache", data__source=source, data__max_bad_fraction="0.5")
+    with pytest.raises(DataError, match="4 of 12 records are bad, more than data.max_bad_fraction=0.01 allows"):
+        train_tiny(tmp_path / "run", data__source=f"cache:{cache}")
+
+
+# --- wrong words and small disks ----------------------------------------------------------------------------
+
+
+def run(*flags):
+    return subprocess.run(
+        [sys.executable, "-m", "dit_jax.precompute", *flags], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ([], "--config is needed"),
+        ([f"--config={CONFIG}", "--shard=2/2"], "'2/2' is not i/n with i from 0 to n - 1"),
+        ([f"--config={CONFIG}", "--records_per_file=0"], "'0' is not a number of 1 or more"),
+        ([f"--config={CONFIG}", "--config.data.source=flder:x"], "folder"),
+    ],
+)
+def test_a_wrong_word_gets_one_line(flags, told):
+    done = run(*flags)
+    assert done.returncode == 2 and told in done.stderr.splitlines()[-1]
+
+
+def test_what_is_a_cache_or_is_cut_at_random_is_not_cached(cache, tmp_path):
+    with pytest.raises(ConfigError, match="encoded already"):
+        make(tmp_path / "x", data__source=f"cache:{cache}")
+    with pytest.raises(ConfigError, match="cut once"):
+        make(tmp_path / "x", data__crop="random", data__encode="every_step")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
+    with pytest.raises(WorkdirError, match=r"has 0\.00 GiB free, and the cache needs"):
+        make(tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*-of-*"))
+
+
+def test_the_forecast_of_the_disk_is_what_it_takes(tmp_path, capsys):
+    folder = make(tmp_path, data__num_pictures="300", per_file=64)
+    said = capsys.readouterr().out
+    pictures = sum(path.stat().st_size for path in folder.glob("pictures-*"))
+    texts = sum(path.stat().st_size for path in folder.glob("texts-*"))
+    forecast = [float(word) for word in said.split("forecast: latents ")[1].replace(" GiB, text", "").split()[:2]]
+    assert abs(forecast[0] - pictures / 2**30) < 0.006 and abs(forecast[1] - texts / 2**30) < 0.006
+
+
+# --- inspection ---------------------------------------------------------------------------------------------
+
+
+def test_inspecting_a_set_and_its_cache_writes_nothing_but_a_sheet(cache, tmp_path):
+    before = content(cache)
+    for source, told in (("shapes", "28 records"), (f"cache:{cache}", "all 13 files have the sha256")):
+        sheet = tmp_path / f"{source[:5]}.png"
+        done = run(f"--config={CONFIG}", "--config.data.num_pictures=28", f"--inspect={source}", f"--sheet={sheet}")
+        assert done.returncode == 0 and told in done.stdout, done.stdout + done.stderr
+        with Image.open(sheet) as image:
+            assert np.asarray(image.convert("RGB")).std() > 10
+    assert content(cache) == before
+
+
+def test_the_records_of_a_cache_are_decoded_as_they_were(cache):
+    config = tiny_config(data__source=f"cache:{cache}")
+    shown = list(precompute.decoded(config, open_cache(cache)))
+    from dit_jax import build
+
+    source = build.make_source(tiny_config(), "all")
+    raw = {source[i].id: source[i] for i in range(28)}
+    assert len(shown) == 24
+    for record in shown:
+        assert record.captions == raw[record.id].captions
+        error = np.square(record.image.astype(float) - raw[record.id].image).mean()
+        assert 10 * np.log10(255**2 / error) > 20
