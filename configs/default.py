@@ -57,7 +57,9 @@ def get_config() -> ConfigDict:
 
     # ---- data
     c.data = ConfigDict()
-    c.data.source = "shapes"  # shapes | folder:PATH
+    # shapes, or KIND:PLACE[?option=value&...] with folder | jsonl | csv | parquet | coco | wds | tfds | hf | cache; or
+    # several by weight, as in "0.7*folder:cats + 0.3*hf:owner/name?split=train"
+    c.data.source = "shapes"
     c.data.image_size = 256  # pictures are resized and cropped to this square
     c.data.crop = "center"  # center | random
     c.data.flip = "auto"  # mirror half of the pictures: on | off | auto (off where captions speak of left and right)
@@ -65,7 +67,7 @@ def get_config() -> ConfigDict:
     c.data.max_objects = 2  # shapes only: 1, 2 or 3 objects a picture
     c.data.encode = "once"  # once: encoder outputs are kept in memory | every_step: for sets that do not fit
     c.data.storage_dtype = "float16"  # what latents are kept in, in memory and in a cache: float16 | float32
-    # 0: squares. More: at most so many shapes of about image_size**2 pixels, a batch has one of them, nothing is squared
+    # 0: squares. N: at most N shapes of about image_size**2 pixels, a batch has one of them, nothing is squared
     c.data.buckets = 0
     c.data.validation_fraction = 0.0  # set aside by a hash of their id; not trained on, not scored yet
     c.data.max_bad_fraction = 0.01  # more unreadable records than this stop the run

@@ -22,10 +22,14 @@ of the work. In the numbering that leaves a gap behind the last shard of every b
     shard, row = divmod(slot(i), records_per_shard)                                                        (2)
 """
 
+import collections
 import hashlib
 import itertools
 import json
+import math
+import mmap
 import re
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -34,7 +38,7 @@ import ml_dtypes
 import numpy as np
 
 from dit_jax.data.rows import Strings
-from dit_jax.data.sources import Source
+from dit_jax.data.sources import Source, fingerprint_of_choice, fingerprint_of_mixture
 from dit_jax.errors import DataError
 
 # What a cache was made from and how, as in its manifest: nested dicts of what JSON can hold. The keys:
@@ -51,6 +55,8 @@ Batch = dict[str, np.ndarray]  # an encoded batch, see dit_jax.arrays
 
 HASH_BYTES = 16  # of a caption; among ten million, two share one with a probability of 1e-25
 BITS = np.uint16  # bfloat16 by its bits: numpy copies these without asking another library
+IDLE = 8  # batches of a shape whose memory is kept
+ALIGNED = 64  # bytes at which arrays of a batch begin, as devices like it
 
 
 # --- before anything is encoded -----------------------------------------------------------------------------
@@ -275,19 +281,20 @@ class _Store:
         begin, end = self.table.first[index : index + 2]
         return tuple(self.table.captions[i] for i in self.table.caption_of[begin:end].tolist())
 
-    def fill(self, rows: np.ndarray, index: np.ndarray, words: np.ndarray, sides: np.ndarray, batch: Batch) -> None:
-        """Copy records into rows of a batch, all arrays of whose text are bits and whose text is zero so far."""
+    def fill(self, rows: np.ndarray, index: np.ndarray, words: np.ndarray, sides: np.ndarray, room: "_Room") -> None:
+        """Copy records into some rows of a batch."""
         begin, end = self.table.first[index], self.table.first[index + 1]
         caption = self.table.caption_of[begin + (words % (end - begin).astype(np.uint64)).astype(np.int64)]
         picture_places = np.divmod(self._slot[index], self._per_shard[0])
         text_places = np.divmod(caption, self._per_shard[1])
-        moments, hidden, pooled, tokens = batch["moments"], batch["hidden"], batch["pooled"], batch["tokens"]
-        places = (rows, *picture_places, sides, *text_places)
-        for i, shard, row, side, text_shard, text in zip(*(place.tolist() for place in places), strict=True):
+        moments, hidden, pooled, tokens = room
+        places = (rows, tokens[rows], *picture_places, sides, *text_places)
+        for i, before, shard, row, side, text_shard, text in zip(*(place.tolist() for place in places), strict=True):
             moments[:, i] = self._moments[shard][row, side]
             offsets, all_hidden, all_pooled = self._texts[text_shard]
             first, last = offsets[text : text + 2].tolist()
             hidden[i, : last - first] = all_hidden[first:last]
+            hidden[i, last - first : before] = 0
             pooled[i] = all_pooled[text]
             tokens[i] = last - first
 
@@ -303,6 +310,51 @@ def _slots(bucket: np.ndarray, per_shard: int) -> np.ndarray:
     return slots
 
 
+class _Room(NamedTuple):
+    """The arrays of a batch, text as bits.
+
+    Attributes:
+      moments: ``[2, B, h, w, C]``.
+      hidden: ``[B, S, E]``, zero from ``tokens`` on.
+      pooled: ``[B, P]``.
+      tokens: int64 ``[B]``.
+    """
+
+    moments: np.ndarray
+    hidden: np.ndarray
+    pooled: np.ndarray
+    tokens: np.ndarray
+
+
+class _Rooms:
+    """Memory for batches of one shape. What nobody looks at any more is used again.
+
+    New memory costs several times what is copied into it, because the system clears it page by page, for one thread
+    at a time.
+
+    Args:
+      arrays: type and shape of the arrays of a `_Room`.
+      most: how many may lie idle.
+    """
+
+    def __init__(self, arrays: Sequence[tuple[Any, tuple[int, ...]]], most: int):
+        self._arrays = [(np.dtype(dtype), shape) for dtype, shape in arrays]
+        sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in self._arrays]
+        self._ends = np.cumsum([-(-size // ALIGNED) * ALIGNED for size in sizes]).tolist()
+        self._idle: collections.deque[mmap.mmap] = collections.deque(maxlen=most)
+
+    def take(self) -> _Room:
+        """A room; all zero, or as it was left."""
+        try:
+            memory = self._idle.pop()
+        except IndexError:
+            memory = mmap.mmap(-1, self._ends[-1])
+        whole = np.ndarray(self._ends[-1], np.uint8, memory)
+        weakref.finalize(whole, self._idle.append, memory).atexit = False  # all views below keep it alive
+        places = zip([0, *self._ends], self._arrays, strict=False)
+        return _Room(*(np.ndarray(shape, dtype, whole, begin) for begin, (dtype, shape) in places))
+
+
 class Cache:
     """n encoded records: all of one cache, some of them, or those of several.
 
@@ -310,7 +362,7 @@ class Cache:
 
     Attributes:
       identity: what it was made from; of several caches, that of the first.
-      parts: number of records from each of the caches that were joined; one number where none were.
+      parts: number of records and weight of each of the caches that were joined; one where none were.
       bad: bool ``[n]``, records that cannot be used.
       bucket: uint8 ``[n]``, which of ``shapes`` a picture has.
       shapes: (height, width) of the pictures of every bucket, in pixels.
@@ -318,7 +370,9 @@ class Cache:
       longest: S of every batch, the tokens of the longest caption.
     """
 
-    def __init__(self, stores: Sequence[_Store], chosen: np.ndarray, parts: Sequence[int], fingerprint: str):
+    def __init__(
+        self, stores: Sequence[_Store], chosen: np.ndarray, parts: Sequence[tuple[int, float]], fingerprint: str
+    ):
         self._stores, self._chosen, self._fingerprint = list(stores), chosen, fingerprint
         self._starts = np.cumsum([0, *(len(store) for store in stores)])
         self.parts = list(parts)
@@ -328,6 +382,7 @@ class Cache:
         self.shapes = tuple((height, width) for height, width in self.identity["buckets"])
         self.mirrored: bool = self.identity["mirrored"]
         self.longest = max(store.longest for store in stores)
+        self._rooms: dict[tuple[int, int], _Rooms] = {}
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -363,11 +418,12 @@ class Cache:
           ValueError: the caches that were joined would not stay one after the other.
         """
         indices = np.asarray(indices, np.int64)
-        part = np.searchsorted(np.cumsum(self.parts), indices, side="right")
+        counts, weights = zip(*self.parts, strict=True)
+        part = np.searchsorted(np.cumsum(counts), indices, side="right")
         if (np.diff(part) < 0).any():
             raise ValueError("indices of joined caches must take the records of one after those of the other")
-        parts = np.bincount(part, minlength=len(self.parts)).tolist()
-        fingerprint = hashlib.sha256(self._fingerprint.encode() + indices.tobytes()).hexdigest()
+        parts = list(zip(np.bincount(part, minlength=len(counts)).tolist(), weights, strict=True))
+        fingerprint = fingerprint_of_choice(self._fingerprint, indices)
         return Cache(self._stores, self._chosen[indices], parts, fingerprint)
 
     def gather(self, index: np.ndarray, words: np.ndarray, mirrored: np.ndarray) -> Batch:
@@ -383,26 +439,32 @@ class Cache:
         """
         if (self.bucket[index] != self.bucket[index[0]]).any():
             raise ValueError(f"records of buckets {np.unique(self.bucket[index]).tolist()} in one batch")
+        room = self._rooms_for(len(index), int(self.bucket[index[0]])).take()
         of_store, places = self._places(index)
-        B, vae, text = len(index), self.identity["vae"], self.identity["text_encoder"]
-        h, w = (side // vae["factor"] for side in self.shapes[self.bucket[index[0]]])
-        batch = {
-            "moments": np.empty((2, B, h, w, vae["channels"]), self.identity["storage_dtype"]),
-            "hidden": np.zeros((B, self.longest, text["width"]), BITS),
-            "pooled": np.empty((B, text["pooled_width"]), BITS),
-            "tokens": np.empty(B, np.int64),
-        }
         for number in np.unique(of_store).tolist():
             rows = np.flatnonzero(of_store == number)
-            self._stores[number].fill(rows, places[rows], words[rows], mirrored[rows].astype(np.int64), batch)
-        mean, std = batch["moments"]
+            self._stores[number].fill(rows, places[rows], words[rows], mirrored[rows].astype(np.int64), room)
+        mean, std = room.moments
         return {
             "mean": mean,
             "std": std,
-            "hidden": batch["hidden"].view(ml_dtypes.bfloat16),
-            "pooled": batch["pooled"].view(ml_dtypes.bfloat16),
-            "mask": np.arange(self.longest)[None] < batch["tokens"][:, None],
+            "hidden": room.hidden.view(ml_dtypes.bfloat16),
+            "pooled": room.pooled.view(ml_dtypes.bfloat16),
+            "mask": np.arange(self.longest)[None] < room.tokens[:, None],
         }
+
+    def _rooms_for(self, B: int, bucket: int) -> _Rooms:
+        if (B, bucket) not in self._rooms:
+            vae, text = self.identity["vae"], self.identity["text_encoder"]
+            h, w = (side // vae["factor"] for side in self.shapes[bucket])
+            arrays = (
+                (self.identity["storage_dtype"], (2, B, h, w, vae["channels"])),
+                (BITS, (B, self.longest, text["width"])),
+                (BITS, (B, text["pooled_width"])),
+                (np.int64, (B,)),
+            )
+            self._rooms.setdefault((B, bucket), _Rooms(arrays, IDLE))
+        return self._rooms[B, bucket]
 
 
 def in_memory(identity: Identity, table: Table, shards: Iterable[Pictures | Texts]) -> Cache:
@@ -411,11 +473,11 @@ def in_memory(identity: Identity, table: Table, shards: Iterable[Pictures | Text
     pictures = [shard for shard in found if isinstance(shard, Pictures)]
     texts = [shard for shard in found if isinstance(shard, Texts)]
     n = len(table.bucket)
-    return Cache([_Store(identity, table, pictures, texts)], np.arange(n), [n], identity["data"]["fingerprint"])
+    return Cache([_Store(identity, table, pictures, texts)], np.arange(n), [(n, 1.0)], identity["data"]["fingerprint"])
 
 
-def join(caches: Sequence[Cache]) -> Cache:
-    """Several caches as one, one after the other.
+def join(caches: Sequence[Cache], weights: Sequence[float]) -> Cache:
+    """Several caches as one, one after the other; each becomes a part that is drawn by its weight.
 
     Raises:
       DataError: they were not made alike.
@@ -430,5 +492,6 @@ def join(caches: Sequence[Cache]) -> Cache:
     stores = [store for cache in caches for store in cache._stores]
     starts = np.cumsum([0, *(cache._starts[-1] for cache in caches)])
     chosen = np.concatenate([cache._chosen + start for cache, start in zip(caches, starts, strict=False)])
-    fingerprint = hashlib.sha256("".join(cache.fingerprint() for cache in caches).encode()).hexdigest()
-    return Cache(stores, chosen, [part for cache in caches for part in cache.parts], fingerprint)
+    fingerprint = fingerprint_of_mixture([cache.fingerprint() for cache in caches], weights)
+    parts = [(len(cache), weight) for cache, weight in zip(caches, weights, strict=True)]
+    return Cache(stores, chosen, parts, fingerprint)

@@ -5,7 +5,8 @@ A source is a finite, random-access collection of records. It knows nothing of o
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Sequence, Sized
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -124,25 +125,37 @@ class Mixture:
         return (captions for source in self._sources for captions in source.captions())
 
     def fingerprint(self) -> str:
-        """SHA-256 of the fingerprints; of the weights a run's config speaks."""
-        return hashlib.sha256("".join(source.fingerprint() for source in self._sources).encode()).hexdigest()
+        """That of the sources and of their weights, which say what comes when."""
+        return fingerprint_of_mixture([s.fingerprint() for s in self._sources], [weight for _, weight in self.parts])
 
 
-def parts_of(source: Source) -> list[tuple[int, float]]:
-    """Number of records and weight of every part that a source is drawn from: a mixture has several."""
-    return source.parts if isinstance(source, Mixture) else [(len(source), 1.0)]
+def fingerprint_of_mixture(fingerprints: Sequence[str], weights: Sequence[float]) -> str:
+    """SHA-256 of the fingerprints of what is mixed and of its shares."""
+    shares = "".join(f"{weight / sum(weights):.6f}" for weight in weights)
+    return hashlib.sha256(("".join(fingerprints) + shares).encode()).hexdigest()
+
+
+def parts_of(source: Sized) -> list[tuple[int, float]]:
+    """Number of records and weight of every part that a source or a cache is drawn from: what is mixed has several."""
+    return getattr(source, "parts", [(len(source), 1.0)])
 
 
 # --- parts of a source --------------------------------------------------------------------------------------
 
 
 class Subset:
-    """Some records of another source, in the order of ``indices``."""
+    """Some records of another source, in its order.
 
-    def __init__(self, source: Source, indices: Iterable[int], name: str):
+    Args:
+      source: all records.
+      indices: int64, increasing.
+      name: what to call it.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray, name: str):
         self.name = name
         self._source = source
-        self._indices = np.array(list(indices), np.int64)
+        self._indices = indices
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -150,27 +163,42 @@ class Subset:
     def __getitem__(self, index: int) -> Record:
         return self._source[int(self._indices[index])]
 
-    def ids(self) -> list[str]:
+    def _chosen(self) -> np.ndarray:
+        """Which records of the source are chosen, bool."""
+        chosen = np.zeros(len(self._source), bool)
+        chosen[self._indices] = True
+        return chosen
+
+    def ids(self) -> Iterable[str]:
         """The ids of the chosen records."""
-        ids = list(self._source.ids())
-        return [ids[i] for i in self._indices]
+        return itertools.compress(self._source.ids(), self._chosen())
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of a chosen record's picture."""
         return self._source.size(int(self._indices[index]))
 
-    def captions(self) -> list[tuple[str, ...]]:
+    def captions(self) -> Iterable[tuple[str, ...]]:
         """All captions of the chosen records."""
-        captions = list(self._source.captions())
-        return [captions[i] for i in self._indices]
+        return itertools.compress(self._source.captions(), self._chosen())
 
     def fingerprint(self) -> str:
-        """SHA-256 of the source's fingerprint and the indices."""
-        return hashlib.sha256(self._source.fingerprint().encode() + self._indices.tobytes()).hexdigest()
+        """That of the source and of the choice."""
+        return fingerprint_of_choice(self._source.fingerprint(), self._indices)
+
+
+def fingerprint_of_choice(fingerprint: str, indices: np.ndarray) -> str:
+    """SHA-256 of the fingerprint of what is chosen from and the indices, int64, that were chosen."""
+    return hashlib.sha256(fingerprint.encode() + indices.tobytes()).hexdigest()
 
 
 def split(source: Source, fraction: float, part: Literal["train", "validation"]) -> Subset:
-    """Takes the training or the validation part of a source.
+    """Takes the training or the validation part of a source; see `split_indices`."""
+    indices = split_indices(source.ids(), len(source), fraction, part)
+    return Subset(source, indices, f"{source.name}/{part}")
+
+
+def split_indices(ids: Iterable[str], n: int, fraction: float, part: Literal["train", "validation"]) -> np.ndarray:
+    """Which of n records belong to the training or the validation part, increasing int64.
 
     A record belongs to validation where the hash of its id, read as a number in [0, 1), is below
     ``fraction``. So adding records never moves another one, and a larger fraction only adds
@@ -183,9 +211,10 @@ def split(source: Source, fraction: float, part: Literal["train", "validation"])
         raise ValueError(f"validation fraction is {fraction}, must be in [0, 1)")
     if part not in ("train", "validation"):
         raise ValueError(f"unknown part {part!r}, choose 'train' or 'validation'")
-    in_validation = (_unit_hash(id) < fraction for id in source.ids())
-    indices = [i for i, held_out in enumerate(in_validation) if held_out == (part == "validation")]
-    return Subset(source, indices, f"{source.name}/{part}")
+    in_validation = np.zeros(n, bool)
+    if fraction:  # else ten million hashes for nothing
+        in_validation[:] = np.fromiter((_unit_hash(id) < fraction for id in ids), bool, n)
+    return np.flatnonzero(in_validation == (part == "validation"))
 
 
 def _unit_hash(id: str) -> float:

@@ -283,7 +283,7 @@ def test_the_parts_of_a_source_share_no_record_and_lose_none():
     train, validation = split(source, 0.2, "train"), split(source, 0.2, "validation")
     assert sorted([*train.ids(), *validation.ids()]) == NAMES
     assert 0.16 < len(validation) / len(source) < 0.24
-    assert [validation[i] for i in range(len(validation))] == list(validation.ids()) == validation.captions()
+    assert [validation[i] for i in range(len(validation))] == list(validation.ids()) == list(validation.captions())
     assert train.fingerprint() != validation.fingerprint() != source.fingerprint()
 
 
