@@ -348,7 +348,7 @@ class _Rooms:
         try:
             memory = self._idle.pop()
         except IndexError:
-            memory = mmap.mmap(-1, self._ends[-1])
+            memory = mmap.mmap(-1, self._ends[-1], access=mmap.ACCESS_COPY)  # private to this process
         whole = np.ndarray(self._ends[-1], np.uint8, memory)
         weakref.finalize(whole, self._idle.append, memory).atexit = False  # all views below keep it alive
         places = zip([0, *self._ends], self._arrays, strict=False)
