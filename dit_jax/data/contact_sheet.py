@@ -109,8 +109,7 @@ def _make_cell(record: Record) -> _Cell:
     name = _shorten_name(showable(record.id), font, SIDE - font.getlength(f"{size}    "))
     more = len(record.captions) - 1
     caption = record.captions[0] if record.captions else ""
-    text = f"{caption[:MOST_CHARACTERS]}{'...' if len(caption) > MOST_CHARACTERS else ''}"
-    lines = _wrap(text, _font(CAPTION_SIZE), SIDE, MOST_LINES)
+    lines = _wrap(caption[:MOST_CHARACTERS], _font(CAPTION_SIZE), SIDE, MOST_LINES)
     others = [f"(and {more} more caption{'s' if more > 1 else ''})"] if more > 0 else []
     return _Cell(_fit(record.image), name, size, lines + others)
 
