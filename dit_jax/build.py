@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     import optax
 
     from dit_jax.data.bad_records import BadRecords
-    from dit_jax.data.cache import Cache, Identity
+    from dit_jax.data.cache import Cache
+    from dit_jax.data.cache_parts import Identity
     from dit_jax.data.loader import Samples
     from dit_jax.data.order import Order
     from dit_jax.data.shapes_world import ShapesWorld
@@ -353,7 +354,7 @@ def make_identity(
     Args:
       config: of the run.
       name, fingerprint: of the source.
-      counts: of its records and captions (`dit_jax.data.cache.Table.counts`).
+      counts: of its records and captions (`dit_jax.data.cache_parts.Table.counts`).
       shapes: of the pictures of every bucket.
       mirrored: whether mirror images are kept too.
       vae, text_encoder: what encodes.

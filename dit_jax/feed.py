@@ -21,7 +21,8 @@ from dit_jax import build
 from dit_jax.data.ahead import gathered
 from dit_jax.data.bad_records import BadRecords, Replaced, too_many
 from dit_jax.data.buckets import assign, sizes_of
-from dit_jax.data.cache import Cache, Pictures, Table, Texts, Unit, flat, in_memory, mismatches, tabulate, units
+from dit_jax.data.cache import Cache, in_memory
+from dit_jax.data.cache_parts import Pictures, Table, Texts, Unit, flat, mismatches, tabulate, units
 from dit_jax.data.loader import batches
 from dit_jax.data.order import Order, caption_words, is_mirrored
 from dit_jax.data.sources import Source
@@ -96,6 +97,7 @@ def open_feed(
         flip = source.mirrored and data.flip != "off"
         encoded_batches = gathered_batches(config, source, order, flip)
         shapes = source.shapes
+        say_long(source, text_encoder.length, say)
     else:
         bad_records = build.make_bad_records(config, workdir / "bad_records.jsonl", len(source))
         shapes = build.make_shapes(config, vae.factor)
@@ -106,6 +108,7 @@ def open_feed(
         if data.encode == "once":
             cache = encode_once(config, source, bucket, shapes, samples.flip, vae, text_encoder, bad_records, say)
             encoded_batches = gathered_batches(config, cache, order, samples.flip)
+            say_long(cache, text_encoder.length, say)
         else:
 
             def encoded_batches(start: int, stop: int) -> Generator[EncodedBatch, None, None]:
@@ -194,6 +197,16 @@ def gathered_batches(config: ConfigDict, cache: Cache, order: Order, flip: bool)
         return cache.gather(used[order.indices(k)], caption_words(k, seed), sides)
 
     return lambda start, stop: gathered(make, start, stop, max(1, config.data.workers))
+
+
+def say_long(cache: Cache, length: int, say: Say) -> None:
+    """Say how many captions fill all tokens of the text encoder: most likely they were longer."""
+    count, first = cache.captions_of_length(length)
+    if count:
+        say(
+            f"warning: captions that fill all {length} tokens of the text encoder, and may be cut: {count:,}, the first"
+            f" {first[:100]!r}"
+        )
 
 
 def check_cache(config: ConfigDict, cache: Cache, vae: VAE, text_encoder: TextEncoder) -> None:

@@ -29,7 +29,8 @@ from dit_jax.errors import ConfigError, WorkdirError
 from dit_jax.runtime import add_flags, path_of, read_overrides, run_program, set_up, writable
 
 if TYPE_CHECKING:
-    from dit_jax.data.cache import Cache, Unit
+    from dit_jax.data.cache import Cache
+    from dit_jax.data.cache_parts import Unit
     from dit_jax.data.sources import Record
     from dit_jax.training.encode import Encoding
 
@@ -58,7 +59,7 @@ def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shar
     """
     from dit_jax import build
     from dit_jax.data import cache_files
-    from dit_jax.data.cache import units
+    from dit_jax.data.cache_parts import units
     from dit_jax.feed import SAY_EVERY, note_problems
     from dit_jax.training.encode import encode_units
     from dit_jax.training.progress import EncodingCounter, duration
@@ -103,7 +104,8 @@ def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shar
 def open_encoding(config: ConfigDict, per_shard: int) -> "Encoding":
     """The data set of a config with its encoders and all that is known of a cache before anything is encoded."""
     from dit_jax import build
-    from dit_jax.data.cache import Cache, tabulate
+    from dit_jax.data.cache import Cache
+    from dit_jax.data.cache_parts import tabulate
     from dit_jax.feed import THREADS, find_buckets
     from dit_jax.training.encode import Encoding
 
@@ -132,7 +134,7 @@ def forecast(config: ConfigDict, output: Path, encoding: "Encoding", left: "Sequ
     Raises:
       WorkdirError: there is less room on the disk.
     """
-    from dit_jax.data.cache import moments_shape
+    from dit_jax.data.cache_parts import moments_shape
     from dit_jax.training.encode import encode_units, tokenize_quietly
     from dit_jax.training.progress import duration
 

@@ -1,7 +1,7 @@
 """Caches on disk: shards written by any number of processes, killed and started again, that end in the same bytes.
 
     begun.json                              the identity of a cache that is being written
-    table.safetensors                       dit_jax.data.cache.Table
+    table.safetensors                       dit_jax.data.cache_parts.Table
     pictures-00000-of-00010.safetensors     Pictures: moments, bad; notes: problems, sums for the statistics
     texts-00000-of-00003.safetensors        Texts: hidden, offsets, pooled
     bad_records.jsonl                       {"id", "reason"} of every record that cannot be used
@@ -27,19 +27,8 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from dit_jax.data.cache import (
-    Cache,
-    Identity,
-    Pictures,
-    Table,
-    Texts,
-    Unit,
-    differences,
-    flat,
-    in_memory,
-    moments_shape,
-    units,
-)
+from dit_jax.data.cache import Cache, in_memory
+from dit_jax.data.cache_parts import Identity, Pictures, Table, Texts, Unit, differences, flat, moments_shape, units
 from dit_jax.data.rows import Strings
 from dit_jax.data.tensor_files import Layout, TensorFile, open_tensors, write_tensors
 from dit_jax.errors import DataError

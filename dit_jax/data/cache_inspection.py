@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit_jax.data.cache import units
 from dit_jax.data.cache_files import BAD_RECORDS, GO_ON, MANIFEST, TABLE, read_manifest, verify
+from dit_jax.data.cache_parts import units
 from dit_jax.data.inspection import Progress, fit, share_of
 from dit_jax.data.troubles import Tally, Trouble, enumerate_ids, trouble_lines
 from dit_jax.errors import DataError

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.data.cache import Identity, Pictures, Table, Texts, Unit
+from dit_jax.data.cache_parts import Identity, Pictures, Table, Texts, Unit
 from dit_jax.data.loader import RawBatch, Scanned, scan
 from dit_jax.data.sources import Source
 from dit_jax.encoders import VAE, TextEncoder
@@ -34,7 +34,7 @@ class Encoding:
     """A source, and how it is encoded.
 
     Attributes:
-      identity: what its cache says of itself (`dit_jax.data.cache`).
+      identity: what its cache says of itself (`dit_jax.data.cache_parts`).
       source: the records.
       table: their names, captions and buckets.
       vae, text_encoder: what encodes them.

@@ -6,9 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dit_jax.data.cache import Pictures, Texts, tabulate, units
 from dit_jax.data.cache_files import BAD_RECORDS, MANIFEST, begin, finish, write
 from dit_jax.data.cache_inspection import inspect_cache
+from dit_jax.data.cache_parts import Pictures, Texts, tabulate, units
 from dit_jax.errors import DataError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

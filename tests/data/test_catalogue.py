@@ -13,7 +13,8 @@ from PIL import Image
 from configs import default
 from dit_jax import build
 from dit_jax.data import cache_files
-from dit_jax.data.cache import Cache, Pictures, Texts, in_memory, tabulate, units
+from dit_jax.data.cache import Cache, in_memory
+from dit_jax.data.cache_parts import Pictures, Texts, tabulate, units
 from dit_jax.data.catalogue import KINDS, Part, open_source, parse
 from dit_jax.data.folder import Folder
 from dit_jax.data.shapes_world import ShapesWorld

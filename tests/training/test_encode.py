@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from dit_jax.data.cache import in_memory, tabulate, units
+from dit_jax.data.cache import in_memory
+from dit_jax.data.cache_parts import tabulate, units
 from dit_jax.data.shapes_world import ShapesWorld
 from dit_jax.data.sources import BadRecord
 from dit_jax.encoders import load_text_encoder, load_vae
