@@ -81,18 +81,22 @@ def make_row(row: object, where: str, names: Columns) -> Entry:
     """The entry of a row whose picture is the name of a file; ``where`` is its id as long as it has no such name."""
     if not isinstance(row, dict):
         return Entry(where, (), "not a row with names of columns")
-    image = next((name for name in names.image if name in row), None)
-    if image is None:
-        return Entry(where, (), f"no file name among {', '.join(map(str, row))}"[:200])
-    file_name = row[image]
+    file_name = _first(row, names.image)
     if not isinstance(file_name, str) or not file_name.strip():
-        return Entry(where, (), f"no file name in {image}")
+        return Entry(where, (), f"no file name among {', '.join(map(str, row))}"[:200])
     if "://" in file_name:
         return Entry(where, (), "an address where a file name belongs: download the pictures first")
     id = os.path.normpath(file_name)
     if not is_utf8(id):
         return Entry(id, (), "file name is not valid UTF-8")
-    return make_entry(id, next((row[name] for name in names.caption if name in row), None))
+    return make_entry(id, _first(row, names.caption))
+
+
+def _first(row: dict[str, Any], names: tuple[str, ...]) -> Any:
+    for name in names:
+        if name in row:
+            return row[name]
+    return None
 
 
 # --- formats ------------------------------------------------------------------------------------------------
@@ -104,7 +108,9 @@ def read_jsonl(file: Path, names: Columns) -> Iterator[Entry]:
     with _read_errors(file), file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{file.name}:{number}"
-            text = line.decode("utf-8-sig", "surrogateescape")
+            text = line.decode("utf-8", "surrogateescape")
+            if number == 1:
+                text = text.removeprefix("\ufeff")
             if not text.strip():
                 continue
             try:

@@ -53,10 +53,11 @@ def open_parquet(place: str, names: Columns) -> Listed:
         )
     types = {name: schema.field(name).type for name in (image, caption)}
     kind = types[image]
+    folders = [os.path.relpath(file.parent, root) for file in files]
     if _is_text(kind):
         entries = (
-            make_row({**row, image: _below(os.path.relpath(file.parent, root), row[image])}, where, names)
-            for file in files
+            make_row({**row, image: _below(folder, row[image])}, where, names)
+            for file, folder in zip(files, folders, strict=True)
             for where, row in _read(file, types, [image, caption])
         )
         return Files(f"parquet:{place}", root, usable_rows(entries, Path(place), names))
@@ -67,8 +68,8 @@ def open_parquet(place: str, names: Columns) -> Listed:
     else:
         raise DataError(f"{files[0]}: column {image} holds {kind}: neither pictures (bytes) nor names of files")
     entries = (
-        make_entry(f"{os.path.relpath(file.parent, root)}/{where}".removeprefix("./"), row[caption])
-        for file in files
+        make_entry(os.path.normpath(os.path.join(folder, where)), row[caption])
+        for file, folder in zip(files, folders, strict=True)
         for where, row in _read(file, types, [caption])
     )
     rows = usable_rows(entries, Path(place), names)

@@ -165,15 +165,15 @@ def test_parquet_captions_can_be_lists_categories_or_missing(pictures):
 def test_a_folder_of_parquet_files_is_one_source_in_the_order_of_names(pictures):
     folder = pictures / "lists"
     for number in (1, 0):
-        (folder / "sub").mkdir(exist_ok=True)
+        (folder / ".sub").mkdir(exist_ok=True)
         rows = [{"image": {"bytes": png(colour), "path": None}, "text": colour} for colour in COLOURS[number::2]]
-        pq.write_table(pyarrow.Table.from_pylist(rows), folder / "sub" / f"part-{number}.parquet", row_group_size=2)
+        pq.write_table(pyarrow.Table.from_pylist(rows), folder / ".sub" / f"part-{number}.parquet", row_group_size=2)
     source = open_manifest("parquet", str(folder), "", "")
     assert colours_of(source) == list(COLOURS[0::2] + COLOURS[1::2]) == [c for (c,) in source.captions()]
-    assert list(source.ids()) == [f"sub/part-0.parquet:{i}" for i in range(3)] + [
-        f"sub/part-1.parquet:{i}" for i in range(2)
+    assert list(source.ids()) == [f".sub/part-0.parquet:{i}" for i in range(3)] + [
+        f".sub/part-1.parquet:{i}" for i in range(2)
     ]
-    assert colours_of(open_manifest("parquet", f"{folder}/sub/part-1*", "", "")) == ["blue", "yellow"]
+    assert colours_of(open_manifest("parquet", f"{folder}/.sub/part-1*", "", "")) == ["blue", "yellow"]
 
 
 def test_names_in_a_folder_of_parquet_files_begin_at_each_file(pictures):
