@@ -27,6 +27,7 @@ Where the whole cell is bad another of the bucket stands in, whose picture has t
 any other: its picture is cut to the shape that is due. One bad record, alone in its bucket, must not end a run.
 """
 
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
@@ -77,11 +78,16 @@ def words_at(k: np.ndarray, seed: int, purpose: Purpose) -> np.ndarray:
       uint64 ``[m]``.
     """
     words = np.empty(len(k), np.uint64)
-    starts = np.flatnonzero(np.diff(k, prepend=k[:1] - 2) != 1).tolist()  # of runs of neighbours
-    for first, last in zip(starts, [*starts[1:], len(k)], strict=True):
-        stream = np.random.PCG64(np.random.SeedSequence([seed, purpose])).advance(int(k[first]))
-        words[first:last] = stream.random_raw(last - first)
+    for run in _runs(k - np.arange(len(k))):
+        stream = np.random.PCG64(np.random.SeedSequence([seed, purpose])).advance(int(k[run.start]))
+        words[run] = stream.random_raw(run.stop - run.start)
     return words
+
+
+def _runs(values: np.ndarray) -> list[slice]:
+    """Cuts ``[m]`` values into stretches of equal ones."""
+    edges = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
+    return [slice(*edge) for edge in itertools.pairwise(edges)] if len(values) else []
 
 
 def is_mirrored(k: np.ndarray, seed: int) -> np.ndarray:
@@ -288,9 +294,8 @@ class _Cell:
         """The records at some positions of the endless order."""
         epochs, places = np.divmod(positions, len(self.records))
         index = np.empty_like(places)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            index[here] = self.records[self._permutation(epoch)[places[here]]]
+        for run in _runs(epochs):
+            index[run] = self.records[self._permutation(int(epochs[run.start]))[places[run]]]
         return index
 
     def _permutation(self, epoch: int) -> np.ndarray:
