@@ -1,6 +1,6 @@
-"""Which column of a typed data set is the picture and which the caption, and captions made of class names.
+"""Which column of a data set with types is the picture and which the caption, and captions made of class names.
 
-Shared by the kinds of source whose columns, or features, have types: `hf` and `tfds`.
+What the sources have in common that read with another library: `hf` and `tfds`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,6 +12,8 @@ from dit_jax.errors import ConfigError
 IMAGE_NAMES = ("image", "img", "picture", "jpg", "png", "webp", "jpeg")
 CAPTION_NAMES = ("text", "caption", "captions", "prompt", "txt", "sentences", "description", "captions/text")
 LABEL_NAMES = ("label", "labels", "class")
+
+LONGEST_LINE = 500  # characters of what a library says of an error
 
 
 class Choice(NamedTuple):
@@ -102,3 +104,9 @@ def flatten(value: object) -> Iterator[object]:
             yield from flatten(part)
     else:
         yield value
+
+
+def one_line(error: BaseException) -> str:
+    """What a library says of an error and of its cause, in one line."""
+    causes = [fault for fault in (error, error.__cause__) if fault]
+    return ", from ".join(f"{type(fault).__name__}: {' '.join(str(fault).split())}" for fault in causes)[:LONGEST_LINE]

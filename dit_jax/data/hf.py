@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.data.features import check_template, choose, flatten, label_caption
+from dit_jax.data.features import check_template, choose, flatten, label_caption, one_line
 from dit_jax.data.manifests import Columns, usable_rows
 from dit_jax.data.parquet import texts_of
 from dit_jax.data.rows import Listed, file_size, make_entry, read_file
@@ -22,7 +22,6 @@ from dit_jax.errors import ConfigError, DataError, FetchError, UserError
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 CHUNK = 10_000  # rows of a column that are looked at together
 RETRIES = 5  # of a file that the hub does not give
-LONGEST_LINE = 500  # characters of what the library says of an error
 
 
 def open_hf(name: str, subset: str, split: str, image: str, caption: str, label: str, template: str) -> "Table":
@@ -221,8 +220,6 @@ def _told(name: str, kind: type[UserError], of_a_word: type[UserError] | None = 
     try:
         yield
     except Exception as error:
-        causes = [fault for fault in (error, error.__cause__) if fault]
-        said = ", from ".join(f"{type(fault).__name__}: {' '.join(str(fault).split())}" for fault in causes)
         chosen = of_a_word if of_a_word and isinstance(error, ValueError) else kind
         verb = "fetch" if chosen is FetchError else "open"
-        raise chosen(f"cannot {verb} hf:{name}: {said[:LONGEST_LINE]}") from error
+        raise chosen(f"cannot {verb} hf:{name}: {one_line(error)}") from error
