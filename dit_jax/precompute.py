@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -31,7 +31,7 @@ from dit_jax.runtime import add_flags, path_of, read_overrides, run_program, set
 if TYPE_CHECKING:
     from dit_jax.data.cache import Cache
     from dit_jax.data.cache_parts import Unit
-    from dit_jax.data.sources import Record
+    from dit_jax.data.sources import Record, Source
     from dit_jax.training.encode import Encoding
 
 TRIED = (16, 256)  # pictures or captions whose encoding is timed for the forecast: few, and more where few are quick
@@ -181,26 +181,35 @@ def inspect(config: ConfigDict, sheet: Path) -> None:
       sheet: the PNG file.
     """
     from dit_jax import build
-    from dit_jax.data.cache import Cache
+    from dit_jax.data.cache_files import open_cache
     from dit_jax.data.cache_inspection import inspect_cache
+    from dit_jax.data.catalogue import parse
     from dit_jax.data.contact_sheet import contact_sheet, lay_out
     from dit_jax.data.inspection import inspect
     from dit_jax.feed import THREADS
 
-    source = build.make_source(config, "all")
-    if isinstance(source, Cache):
-        lines = inspect_cache(path_of(config.data.source.removeprefix("cache:")), say).lines()
-        image = lay_out(f"{config.data.source}: decoded from its latents", decoded(config, source), SHEET[0])
+    caches = [part.place for part in parse(config.data.source) if part.kind == "cache"]
+    if len(caches) > 1:
+        raise ConfigError(f"--inspect={config.data.source}: look at one cache at a time")
+    image = None
+    if caches:
+        found = inspect_cache(path_of(caches[0]), say)
+        lines = found.lines()
+        if not found.damaged:
+            title = f"cache:{caches[0]}, decoded from its latents"
+            image = lay_out(title, decoded(config, open_cache(path_of(caches[0]))), SHEET[0])
     else:
-        text = build.make_text_encoder(config)
+        source, text = cast("Source", build.make_source(config, "all")), build.make_text_encoder(config)
         say(f"tokens are those of {text.name}")
         shapes = build.make_shapes(config, build.describe_encoders(config)[0].factor) if config.data.buckets else ()
         size, bad = config.data.image_size, config.data.max_bad_fraction
         lines = inspect(source, text.tokenizer.count, text.length, size, bad, shapes, OPENED, THREADS, say).lines()
         image = contact_sheet(source, *SHEET)
-    with writable(sheet.parent):
-        image.save(sheet)
-    say("\n".join([*lines, f"contact sheet: {sheet}"]))
+    if image:
+        with writable(sheet.parent):
+            image.save(sheet)
+        lines.append(f"contact sheet: {sheet}")
+    say("\n".join(lines))
 
 
 def decoded(config: ConfigDict, cache: "Cache") -> "Iterator[Record]":
@@ -215,15 +224,13 @@ def decoded(config: ConfigDict, cache: "Cache") -> "Iterator[Record]":
 
     vae, made_by = build.make_vae(config), cache.identity["vae"]
     if vae.sha256 != made_by["sha256"]:
-        raise ConfigError(
-            f"vae is {vae.name}, but {config.data.source} was made by another; --config.vae={made_by['name']}"
-        )
+        raise ConfigError(f"the cache was made with another VAE than {vae.name}: --config.vae={made_by['name']}")
     good = np.flatnonzero(~cache.bad)
-    ids, captions = list(cache.ids()), list(cache.captions())
-    for index in good[spread(SHEET[0] * SHEET[1], len(good))].tolist():
-        one = cache.gather(np.array([index]), np.zeros(1, np.uint64), np.zeros(1, bool))
-        pixels = np.asarray(vae.decode(one["mean"].astype(np.float32)))[0]
-        yield Record(np.round((pixels + 1) * 127.5).astype(np.uint8), captions[index], ids[index])
+    some = cache.select(good[spread(SHEET[0] * SHEET[1], len(good))])
+    for i, (id, captions) in enumerate(zip(some.ids(), some.captions(), strict=True)):
+        mean = some.gather(np.array([i]), np.zeros(1, np.uint64), np.zeros(1, bool))["mean"].astype(np.float32)
+        pixels = np.asarray(vae.decode(mean))[0]  # in [-1, 1]
+        yield Record(np.round((pixels + 1) * 127.5).astype(np.uint8), captions, id)
 
 
 def say_hashed() -> "Callable[[int, int], None]":
