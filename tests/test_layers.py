@@ -39,6 +39,9 @@ MAY_IMPORT = {
     "main": PROGRAMS | {"config", "runtime"},
 }
 
+# Read by one kind of source each, imported inside the functions that need them.
+DATA_LIBRARIES = ["pyarrow", "datasets", "tensorflow_datasets", "array_record", "tensorflow"]
+
 # Third-party modules of rooms that promise to need little; a path is matched from its start.
 NEEDS_ONLY = {
     "models/": {"jax", "flax", "numpy"},
@@ -47,7 +50,7 @@ NEEDS_ONLY = {
     "training/state.py": {"jax", "flax", "optax", "numpy"},
     "training/optimizer.py": {"jax", "flax", "optax", "numpy"},
     # Never touches a device.
-    "data/": {"numpy", "ml_dtypes", "PIL", "grain", "absl", "pyarrow", "datasets", "tensorflow_datasets"},
+    "data/": {"numpy", "ml_dtypes", "PIL", "grain", "absl", *DATA_LIBRARIES},
 }
 
 IMPORT_NAME = {"absl-py": "absl", "orbax-checkpoint": "orbax", "pillow": "PIL"}  # where it is not its own
