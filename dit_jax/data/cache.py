@@ -22,6 +22,7 @@ import numpy as np
 
 from dit_jax.data.cache_parts import Identity, Pictures, Table, Texts, differences, flat
 from dit_jax.data.sources import fingerprint_of_choice, fingerprint_of_mixture
+from dit_jax.data.tensor_files import pages_of
 from dit_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]  # an encoded batch, see dit_jax.arrays
@@ -29,6 +30,7 @@ Batch = dict[str, np.ndarray]  # an encoded batch, see dit_jax.arrays
 # What two caches that are joined may differ in: what people call things, and how shards are cut.
 FREE = ("data.", "vae.name", "text_encoder.name", "records_per_shard", "captions_per_shard")
 BITS = np.uint16  # bfloat16 by its bits: numpy copies these without asking another library
+CHUNK = 65_536  # records that are looked up at a time where all are
 IDLE = 8  # batches of a shape whose memory is kept
 ALIGNED = 64  # bytes at which arrays of a batch begin, as devices like it
 
@@ -43,6 +45,8 @@ class _Store:
         self.identity, self.table = identity, table
         self._moments = [shard.moments for shard in pictures]
         self._texts = [(shard.offsets, shard.hidden.view(BITS), shard.pooled.view(BITS)) for shard in texts]
+        self._picture_pages = [pages_of(shard.moments, 2) for shard in pictures]
+        self._text_pages = [(pages_of(shard.hidden, 1), pages_of(shard.pooled, 1)) for shard in texts]
         self._per_shard = identity["records_per_shard"], identity["captions_per_shard"]
         self._slot = _slots(table.bucket, self._per_shard[0])
         self.bad = np.zeros(len(pictures) * self._per_shard[0], bool)
@@ -72,15 +76,28 @@ class _Store:
         picture_places = np.divmod(self._slot[index], self._per_shard[0])
         text_places = np.divmod(caption, self._per_shard[1])
         moments, hidden, pooled, tokens = room
-        places = (rows, tokens[rows], *picture_places, sides, *text_places)
-        for i, before, shard, row, side, text_shard, text in zip(*(place.tolist() for place in places), strict=True):
+        columns = (rows, tokens[rows], *picture_places, sides, *text_places)
+        places = list(zip(*(column.tolist() for column in columns), strict=True))
+        spans = [self._texts[shard][0][text : text + 2].tolist() for *_, shard, text in places]
+        self._ask_for(places, spans)
+        for (i, before, shard, row, side, text_shard, text), (first, last) in zip(places, spans, strict=True):
             moments[:, i] = self._moments[shard][row, side]
-            offsets, all_hidden, all_pooled = self._texts[text_shard]
-            first, last = offsets[text : text + 2].tolist()
+            _, all_hidden, all_pooled = self._texts[text_shard]
             hidden[i, : last - first] = all_hidden[first:last]
             hidden[i, last - first : before] = 0
             pooled[i] = all_pooled[text]
             tokens[i] = last - first
+
+    def _ask_for(self, places: list[tuple[int, ...]], spans: list[list[int]]) -> None:
+        """Have the disk look for all that a batch needs at once."""
+        sides = 1 + self.identity["mirrored"]
+        for (_, _, shard, row, side, text_shard, text), (first, last) in zip(places, spans, strict=True):
+            if pictures := self._picture_pages[shard]:
+                pictures.ask_for(row * sides + side, row * sides + side + 1)
+            hidden, pooled = self._text_pages[text_shard]
+            if hidden and pooled:
+                hidden.ask_for(first, last)
+                pooled.ask_for(text, text + 1)
 
 
 def _slots(bucket: np.ndarray, per_shard: int) -> np.ndarray:
@@ -179,9 +196,9 @@ class Cache:
 
     def _each(self) -> Iterable[tuple[_Store, int]]:
         """Store and index of every record."""
-        for i in range(len(self)):
-            store, index = self._places(np.array(i))
-            yield self._stores[int(store)], int(index)
+        for first in range(0, len(self), CHUNK):
+            store, index = self._places(np.arange(first, min(first + CHUNK, len(self))))
+            yield from ((self._stores[s], i) for s, i in zip(store.tolist(), index.tolist(), strict=True))
 
     def ids(self) -> Iterable[str]:
         """The id of every record."""

@@ -318,7 +318,7 @@ def _open(path: Path, layout: Layout, identity: Identity) -> TensorFile:
         found = open_tensors(path, layout)
     except DataError as error:
         raise DataError(f"{error}; {AGAIN}") from error
-    if found.notes.get("of") != _digest(identity, path.name):
+    if not isinstance(found.notes, dict) or found.notes.get("of") != _digest(identity, path.name):
         raise DataError(f"{path} belongs to another cache or another place in this one; {AGAIN}")
     return found
 

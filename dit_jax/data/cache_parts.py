@@ -167,7 +167,7 @@ def mismatches(manifest: Identity, expected: dict[str, Any]) -> list[str]:
 
 def differences(found: Identity, wanted: dict[str, Any], holder: str, asker: str) -> list[str]:
     """The same with other words for the cache and the run."""
-    held, asked = flat(found), json.loads(json.dumps(wanted))  # JSON has no tuples
+    held, asked = (json.loads(json.dumps(fields)) for fields in (flat(found), wanted))  # JSON has no tuples
     return [
         f"{field}: {holder} {_short(held.get(field))}, {asker} {_short(value)}"
         for field, value in asked.items()

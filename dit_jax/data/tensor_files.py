@@ -53,6 +53,37 @@ class TensorFile(NamedTuple):
     file: mmap.mmap
 
 
+class Pages(NamedTuple):
+    """Where in a mapped file the rows of an array lie.
+
+    Attributes:
+      file: the mapping.
+      start: of the first row, in bytes.
+      stride: bytes of a row.
+    """
+
+    file: mmap.mmap
+    start: int
+    stride: int
+
+    def ask_for(self, first: int, last: int) -> None:
+        """Have the system read rows ``first`` to ``last - 1`` while this thread does something else.
+
+        Without it a page is read when it is touched, and the next one after that: a disk that could serve many at a
+        time serves one.
+        """
+        begin = (self.start + first * self.stride) // mmap.PAGESIZE * mmap.PAGESIZE
+        self.file.madvise(mmap.MADV_WILLNEED, begin, self.start + last * self.stride - begin)
+
+
+def pages_of(array: np.ndarray, axes: int) -> Pages | None:
+    """Where an array of a `TensorFile` lies, the first ``axes`` of which count its rows; None of any other array."""
+    if not isinstance(array.base, mmap.mmap):
+        return None
+    start = array.ctypes.data - np.frombuffer(array.base, np.uint8).ctypes.data
+    return Pages(array.base, start, array.strides[axes - 1])
+
+
 def write_tensors(file: BinaryIO, tensors: Mapping[str, np.ndarray], notes: Any) -> None:
     """Write arrays and notes (JSON) to an open file."""
     header: dict[str, Any] = {METADATA: {NOTES: json.dumps(notes, sort_keys=True)}}
