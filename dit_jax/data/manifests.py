@@ -7,7 +7,9 @@ told by the user. Files are read row by row, so that a list of ten million pictu
 
 import contextlib
 import csv
+import itertools
 import json
+import operator
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -39,7 +41,8 @@ def open_manifest(kind: str, path: str, image: str, caption: str) -> Listed:
     """Opens a list of captioned pictures: ``jsonl``, ``csv`` (also tab-separated ``.tsv``) or ``parquet``.
 
     File names are relative to the folder of the list. Other than in a folder of pictures they may be absolute or lead
-    out of it: the list is the user's own, not part of something that was downloaded whole.
+    out of it: the list is the user's own, not part of something that was downloaded whole. Rows one after the other
+    with the same file are one picture with several captions, as Flickr8k has them.
 
     Args:
       kind: one of the above; ``parquet`` can be a folder or a pattern too, and hold the pictures themselves.
@@ -61,7 +64,15 @@ def open_manifest(kind: str, path: str, image: str, caption: str) -> Listed:
     if not file.is_file():
         fault = "is not a file" if file.exists() else "does not exist"
         raise DataError(f"{kind} file {path} {fault} (from {Path.cwd()}); set data.source={kind}:FILE")
-    return Files(f"{kind}:{path}", file.parent, usable_rows(read(file, names), file, names))
+    return Files(f"{kind}:{path}", file.parent, usable_rows(grouped(read(file, names)), file, names))
+
+
+def grouped(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """One entry of entries one after the other with the same id, with the captions of all."""
+    for id, same in itertools.groupby(entries, key=operator.attrgetter("id")):
+        first, *others = same
+        captions = tuple(itertools.chain(first.captions, *(entry.captions for entry in others)))
+        yield Entry(id, captions, "" if captions else first.problem)
 
 
 def usable_rows(entries: Iterable[Entry], file: Path, needed: Columns) -> Rows:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dit_jax.data.manifests import Columns, make_row, usable_rows
+from dit_jax.data.manifests import Columns, grouped, make_row, usable_rows
 from dit_jax.data.rows import Files, Listed, Rows, make_entry
 from dit_jax.data.sources import BadRecord
 from dit_jax.errors import ConfigError, DataError
@@ -60,7 +60,7 @@ def open_parquet(place: str, names: Columns) -> Listed:
             for file, folder in zip(files, folders, strict=True)
             for where, row in _read(file, types, [image, caption])
         )
-        return Files(f"parquet:{place}", root, usable_rows(entries, Path(place), names))
+        return Files(f"parquet:{place}", root, usable_rows(grouped(entries), Path(place), names))
     if _is_bytes(kind):
         pictures = image
     elif pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and _is_bytes(kind.field("bytes").type):

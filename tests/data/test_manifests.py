@@ -134,6 +134,23 @@ def test_a_list_that_is_not_there(tmp_path, kind):
         open_manifest(kind, str(tmp_path / "it.list"), "", "")
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_rows_with_the_same_picture_are_one_record_with_several_captions(pictures, kind):
+    rows = [("red", "a"), ("red", "b"), ("red", ""), ("blue", ""), ("blue", ""), ("green", "c"), ("red", "d")]
+    table = [{"image": f"pictures/{colour}.png", "caption": caption} for colour, caption in rows]
+    if kind == "jsonl":
+        (pictures / "list").write_text("\n".join(map(json.dumps, table)))
+    elif kind == "csv":
+        (pictures / "list").write_text("\n".join(["image,caption", *(",".join(row.values()) for row in table)]))
+    else:
+        pq.write_table(pyarrow.Table.from_pylist(table), pictures / "list")
+    source = open_manifest(kind, str(pictures / "list"), "", "")
+    assert list(source.captions()) == [("a", "b"), (), ("c",), ("d",)]
+    assert source[0].captions == ("a", "b")
+    with pytest.raises(BadRecord, match=r"blue\.png: no caption"):
+        source[1]
+
+
 def test_an_address_is_no_file(pictures):
     (pictures / "a.jsonl").write_text(
         '{"image": "https://example.org/a.png", "text": "a"}\n{"image": "pictures/red.png", "text": "a"}'
@@ -148,13 +165,13 @@ def test_an_address_is_no_file(pictures):
 
 
 def test_parquet_captions_can_be_lists_categories_or_missing(pictures):
-    red = names(pictures)[0]
-    lists = pyarrow.table({"image": [red] * 4, "text": [["a", "b"], None, [], ["c"]]})
+    files = names(pictures)
+    lists = pyarrow.table({"image": files[:4], "text": [["a", "b"], None, [], ["c"]]})
     pq.write_table(lists, pictures / "lists" / "a.parquet")
     source = open_manifest("parquet", str(pictures / "lists" / "a.parquet"), "", "")
     assert list(source.captions()) == [("a", "b"), (), (), ("c",)]
     words = pyarrow.array(["a", None, "a"]).dictionary_encode()
-    pq.write_table(pyarrow.table({"image": [red] * 3, "text": words}), pictures / "lists" / "a.parquet")
+    pq.write_table(pyarrow.table({"image": files[:3], "text": words}), pictures / "lists" / "a.parquet")
     assert list(open_manifest("parquet", str(pictures / "lists" / "a.parquet"), "", "").captions()) == [
         ("a",),
         (),
@@ -177,12 +194,12 @@ def test_a_folder_of_parquet_files_is_one_source_in_the_order_of_names(pictures)
 
 
 def test_names_in_a_folder_of_parquet_files_begin_at_each_file(pictures):
-    table = pyarrow.table({"image": ["../pictures/red.png"], "text": ["a"]})
     (pictures / "more").mkdir()
-    for folder in ("lists", "more"):
+    for folder, caption in (("lists", "a"), ("more", "b")):
+        table = pyarrow.table({"image": ["../pictures/red.png"], "text": [caption]})
         pq.write_table(table, pictures / folder / "a.parquet")
     source = open_manifest("parquet", str(pictures), "", "")
-    assert list(source.ids()) == ["pictures/red.png"] * 2 and colours_of(source) == ["red", "red"]
+    assert list(source.ids()) == ["pictures/red.png"] and source[0].captions == ("a", "b")
 
 
 def test_parquet_files_that_do_not_fit_together_are_named(pictures):
