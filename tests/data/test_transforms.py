@@ -140,7 +140,7 @@ def test_a_machine_out_of_memory_is_no_bad_picture(monkeypatch):
 
 def test_the_right_size_is_returned_unchanged():
     image = noise(16, 16)
-    np.testing.assert_array_equal(cut(image, 16, 0.5, 0.5), image)
+    np.testing.assert_array_equal(cut(image, 16, 16, 0.5, 0.5), image)
 
 
 @pytest.mark.parametrize(
@@ -149,18 +149,47 @@ def test_the_right_size_is_returned_unchanged():
 )
 def test_a_wide_picture_is_cut_where_asked(across, down, rows, columns):
     image = noise(16, 32)
-    np.testing.assert_array_equal(cut(image, 16, across, down), image[rows, columns])
+    np.testing.assert_array_equal(cut(image, 16, 16, across, down), image[rows, columns])
 
 
 def test_a_tall_picture_is_cut_where_asked():
     image = noise(32, 16)
-    np.testing.assert_array_equal(cut(image, 16, 0.3, 0.5), image[8:24])
-    np.testing.assert_array_equal(cut(image, 16, 0.3, np.nextafter(1.0, 0.0)), image[16:])
+    np.testing.assert_array_equal(cut(image, 16, 16, 0.3, 0.5), image[8:24])
+    np.testing.assert_array_equal(cut(image, 16, 16, 0.3, np.nextafter(1.0, 0.0)), image[16:])
+
+
+@pytest.mark.parametrize(
+    ("tall", "wide", "rows", "columns"),
+    [
+        (40, 60, slice(0, 40), slice(0, 60)),  # the right shape already
+        (40, 100, slice(0, 40), slice(20, 80)),
+        (100, 60, slice(30, 70), slice(0, 60)),
+        (20, 61, slice(0, 20), slice(16, 46)),
+    ],
+)
+def test_the_largest_rectangle_of_a_shape_is_cut(tall, wide, rows, columns):
+    """From the centre, of pictures that are too wide or too tall, at any scale."""
+    image = noise(tall, wide)
+    rectangle = np.ascontiguousarray(image[rows, columns])
+    np.testing.assert_array_equal(cut(image, *rectangle.shape[:2], 0.5, 0.5), rectangle)
+    np.testing.assert_array_equal(cut(image, 8, 12, 0.5, 0.5), cut(rectangle, 8, 12, 0.5, 0.5))
+
+
+def test_a_rectangle_lies_where_asked():
+    image = noise(20, 50)
+    np.testing.assert_array_equal(cut(image, 20, 30, 0.0, 0.9), image[:, :30])
+    np.testing.assert_array_equal(cut(image, 20, 30, np.nextafter(1.0, 0.0), 0.0), image[:, 20:])
+    np.testing.assert_array_equal(cut(image, 10, 50, 0.3, 0.0), image[:10])
+
+
+@pytest.mark.parametrize(("height", "width"), [(3, 300), (300, 3), (7, 5)])
+def test_a_shape_far_from_the_picture_leaves_something(height, width):
+    assert cut(noise(2, 2), height, width, 0.5, 0.5).shape == (height, width, 3)
 
 
 def test_every_place_of_a_crop_is_as_likely():
     image = np.repeat(np.arange(5, dtype=np.uint8)[None, :, None], 2, axis=0).repeat(3, axis=2)
-    lefts = [int(cut(image, 2, across, 0.5)[0, 0, 0]) for across in np.arange(0, 1, 1 / 400)]
+    lefts = [int(cut(image, 2, 2, across, 0.5)[0, 0, 0]) for across in np.arange(0, 1, 1 / 400)]
     assert np.bincount(lefts).tolist() == [100] * 4
 
 
@@ -168,7 +197,7 @@ def test_every_place_of_a_crop_is_as_likely():
 def test_resizing_keeps_the_geometry(size):
     """A linear gradient stays one: new pixel centres fall at (i + 1/2) * side / size - 1/2."""
     side, width = 64, 128
-    image = cut(gradient(side, width), size, 0.5, 0.5)
+    image = cut(gradient(side, width), size, size, 0.5, 0.5)
     centres = (np.arange(size) + 0.5) * side / size - 0.5
     inner = slice(size // 8, -size // 8)  # at the edge the filter lacks its outer half
     red = (centres + (width - side) / 2) * 255 / (width - 1)
@@ -180,7 +209,7 @@ def test_resizing_keeps_the_geometry(size):
 def test_shrinking_is_antialiased():
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
-    shrunk = cut(stripes, 8, 0.5, 0.5)
+    shrunk = cut(stripes, 8, 8, 0.5, 0.5)
     np.testing.assert_allclose(shrunk.astype(int), 127.5, atol=4)
 
 
