@@ -20,6 +20,7 @@ from dit_jax.errors import DataError
 
 IMAGE_COLUMNS = ("file_name", "image", "path", "filename", "filepath", "image_path")
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
+SAY_WHICH = "if its columns have other names, say which with ?image=COLUMN&caption=COLUMN"
 
 
 class Columns(NamedTuple):
@@ -60,11 +61,17 @@ def open_manifest(kind: str, path: str, image: str, caption: str) -> Listed:
 
         return open_parquet(path, names)
     read = {"jsonl": read_jsonl, "csv": read_csv}[kind]
+    file = _find_file(kind, path, "FILE")
+    rows = usable_rows(grouped(read(file, names)), file, f"{names}; {SAY_WHICH}")
+    return Files(f"{kind}:{path}", file.parent, rows)
+
+
+def _find_file(kind: str, path: str, place: str) -> Path:
     file = Path(path).expanduser()
     if not file.is_file():
         fault = "is not a file" if file.exists() else "does not exist"
-        raise DataError(f"{kind} file {path} {fault} (from {Path.cwd()}); set data.source={kind}:FILE")
-    return Files(f"{kind}:{path}", file.parent, usable_rows(grouped(read(file, names)), file, names))
+        raise DataError(f"{kind} file {path} {fault} (from {Path.cwd()}); set data.source={kind}:{place}")
+    return file
 
 
 def grouped(entries: Iterable[Entry]) -> Iterator[Entry]:
@@ -75,7 +82,7 @@ def grouped(entries: Iterable[Entry]) -> Iterator[Entry]:
         yield Entry(id, captions, "" if captions else first.problem)
 
 
-def usable_rows(entries: Iterable[Entry], file: Path, needed: Columns) -> Rows:
+def usable_rows(entries: Iterable[Entry], file: Path, needed: Columns | str) -> Rows:
     """The records of a list.
 
     Raises:
@@ -94,7 +101,8 @@ def make_row(row: object, where: str, names: Columns) -> Entry:
         return Entry(where, (), "not a row with names of columns")
     file_name = _first(row, names.image)
     if not isinstance(file_name, str) or not file_name.strip():
-        return Entry(where, (), f"no file name among {', '.join(map(str, row))}"[:200])
+        keys = ", ".join(map(str, row))
+        return Entry(where, (), f"no file name among {keys if keys.isprintable() else ascii(keys)}"[:200])
     if "://" in file_name:
         return Entry(where, (), "an address where a file name belongs: download the pictures first")
     id = os.path.normpath(file_name)
@@ -195,9 +203,7 @@ def open_coco(path: str, images: str) -> Listed:
     Raises:
       DataError: the file or the pictures are not there, or it is another JSON.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise DataError(f"coco file {path} does not exist (from {Path.cwd()}); set data.source=coco:CAPTIONS.json")
+    file = _find_file("coco", path, "CAPTIONS.json")
     found = load_json(file)
     try:
         captions: dict[Any, list[object]] = {}

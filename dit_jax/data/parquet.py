@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dit_jax.data.manifests import Columns, grouped, make_row, usable_rows
+from dit_jax.data.manifests import SAY_WHICH, Columns, grouped, make_row, usable_rows
 from dit_jax.data.rows import Files, Listed, Rows, make_entry
 from dit_jax.data.sources import BadRecord
 from dit_jax.errors import ConfigError, DataError
@@ -47,10 +47,7 @@ def open_parquet(place: str, names: Columns) -> Listed:
         schema = pyarrow.parquet.read_schema(files[0])
     image, caption = (next((name for name in usual if name in schema.names), "") for usual in names)
     if not image or not caption:
-        raise DataError(
-            f"{files[0]} has columns {', '.join(schema.names)}, but needs {names}; say which with "
-            "?image=COLUMN&caption=COLUMN"
-        )
+        raise DataError(f"{files[0]} has columns {', '.join(schema.names)}, but needs {names}; {SAY_WHICH}")
     types = {name: schema.field(name).type for name in (image, caption)}
     kind = types[image]
     folders = [os.path.relpath(file.parent, root) for file in files]

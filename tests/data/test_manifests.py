@@ -151,6 +151,17 @@ def test_rows_with_the_same_picture_are_one_record_with_several_captions(picture
         source[1]
 
 
+def test_a_file_of_another_kind_is_told_in_printable_words(pictures):
+    _, file = write_bytes(pictures, "image", "text")
+    with pytest.raises(DataError, match="none of its .* say which with") as error:
+        open_manifest("csv", str(file), "", "")
+    assert str(error.value).isprintable()
+    with pytest.raises(DataError, match=r"cannot read .*red\.png"):
+        open_manifest("parquet", str(pictures / "pictures" / "red.png"), "", "")
+    with pytest.raises(DataError, match="lists is not a file"):
+        open_manifest("jsonl", str(pictures / "lists"), "", "")
+
+
 def test_an_address_is_no_file(pictures):
     (pictures / "a.jsonl").write_text(
         '{"image": "https://example.org/a.png", "text": "a"}\n{"image": "pictures/red.png", "text": "a"}'
