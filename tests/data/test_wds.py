@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dit_jax.data.sources import BadRecord
-from dit_jax.data.wds import open_wds
+from dit_jax.data.wds import _members, _plain_members, open_wds
 from dit_jax.errors import DataError
 
 
@@ -21,11 +21,12 @@ def picture(colour, form="PNG", size=(8, 6)):
     return file.getvalue()
 
 
-def write_tar(path, members, form=tarfile.PAX_FORMAT):
+def write_tar(path, members, form=tarfile.PAX_FORMAT, mtime=0):
     """A tar of names and contents; where the content is a str, a link to that name."""
     with tarfile.open(path, "w", format=form) as tar:
         for name, content in members:
             member = tarfile.TarInfo(name)
+            member.mtime = mtime
             if isinstance(content, str):
                 member.type, member.linkname = tarfile.SYMTYPE, content
                 tar.addfile(member)
@@ -195,6 +196,24 @@ def test_a_header_overwritten_in_the_middle_is_told(shards):
     content[second : second + 512] = b"\xff" * 512
     tar.write_bytes(content)
     assert list(open_wds(str(shards)).ids()) == [IDS[0], "00000.tar", *IDS[3:]]
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_plain_tars_are_read_without_the_library_and_alike(tmp_path, form):
+    """webdataset gives the times in fractions of seconds, which takes a header more in the default format."""
+    tar = write_tar(
+        tmp_path / "a.tar", [*sample(0, "red"), *sample(1, "blue"), ("empty.txt", b"")], form, mtime=1.75e9 + 0.5
+    )
+    plain = _plain_members(tar)
+    assert plain and (plain, None) == _members(tar)
+    assert [name for name, _ in plain][-2:] == ["000000001.txt", "empty.txt"]
+    content = tar.read_bytes()
+    for damaged in (content[:3000], content.replace(b"000000001.jpg", b"000000002.jpg"), content.rstrip(b"\0")):
+        tar.write_bytes(damaged)
+        assert _plain_members(tar) is None
+    for name in ("l" * 120, "ü" * 60):
+        assert _plain_members(write_tar(tar, [(f"{name}.png", b"x")], tarfile.PAX_FORMAT)) is None
+    assert _plain_members(write_tar(tar, [("link.png", "other.png")])) is None
 
 
 def test_a_tar_that_shrinks_or_goes_away_later(shards):
