@@ -1,4 +1,5 @@
-"""What a model takes: remat keeps less, in the traced step and in the compiled one, and the program says so."""
+"""What a model takes: remat keeps less, in the traced step and in the compiled one, and the program says so; and how
+quick and how large its data are."""
 
 import re
 
@@ -6,6 +7,7 @@ import jax
 import pytest
 
 from dit_jax import bench
+from dit_jax.data.made_up import make_up
 from dit_jax.training.memory import residual_bytes
 from tests.tiny_run import CONFIG
 
@@ -44,3 +46,43 @@ def test_an_unknown_flag_ends_in_one_line(capsys):
     with pytest.raises(SystemExit) as exit:
         bench.main(["memory", f"--config={CONFIG}", "--batch=8"])
     assert exit.value.code == 2 and "unrecognized argument --batch" in capsys.readouterr().err
+
+
+def measure_data(capsys, monkeypatch, *flags: str) -> str:
+    for name, value in {"RECORDS": 300, "PER_SHARD": 64, "SECONDS": 0.01, "ROUNDS": 1, "WARM_UP": 1}.items():
+        monkeypatch.setattr(bench, name, value)
+    bench.main(["data", f"--config={CONFIG}", "--config.batch_size=8", *flags])
+    return capsys.readouterr().out
+
+
+def test_bench_data_makes_up_a_cache_and_measures_it_with_one_thread_and_more(capsys, monkeypatch):
+    said = measure_data(capsys, monkeypatch)
+    tokens = float(re.search(r"300 records, ([\d.]+) tokens a caption", said)[1])
+    assert 12 < tokens < 17
+    speeds = re.findall(r"^\| (\d) \| ([\d,]+) \| ([\d,]+) \|$", said, re.MULTILINE)
+    assert [int(threads) for threads, *_ in speeds] == [1, 2, 4]
+    assert all(int(n.replace(",", "")) > 0 for row in speeds for n in row)
+
+
+def test_bench_data_counts_the_bytes_of_the_cache_that_is_named(capsys, monkeypatch, tmp_path):
+    making = {
+        "format": 1,
+        "image_size": 16,
+        "crop": "center",
+        "mirrored": False,
+        "buckets": [[16, 16]],
+        "vae": {"name": "", "sha256": "", "shift": [], "scale": [], "factor": 8, "channels": 4},
+        "text_encoder": {"name": "", "sha256": "", "length": 40, "width": 10, "pooled_width": 10},
+        "storage_dtype": "float16",
+        "records_per_shard": 64,
+        "captions_per_shard": 64,
+    }
+    make_up(tmp_path / "cache", 200, making)
+    said = measure_data(capsys, monkeypatch, f"--config.data.source=cache:{tmp_path / 'cache'}")
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "cache").glob("*.safetensors")}
+    text = sum(size for name, size in sizes.items() if name.startswith("texts")) / 200
+    rest = sum(sizes.values()) / 200 - text
+    padded = 40 * 10
+    for what, taken, others in (("text", text, 0), ("all", text + rest, rest)):
+        two, four = (f"{others + padded * n:,.0f}: {(others + padded * n) / taken:.1f} x" for n in (2, 4))
+        assert f"| {what} | {taken:,.0f} | {two} | {four} |" in said
