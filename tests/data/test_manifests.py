@@ -253,18 +253,20 @@ def counted(pictures, monkeypatch):
     return source, read
 
 
-def test_in_order_every_row_group_is_read_once_by_any_number_of_threads(counted, monkeypatch):
+def test_threads_that_are_less_than_a_group_apart_read_every_group_once(counted, monkeypatch):
     source, read = counted
     monkeypatch.setattr(parquet, "CACHE_BYTES", 0)
-    start = threading.Barrier(2)
+    step = threading.Barrier(2)
 
-    def look(index):
-        if index < 2:
-            start.wait(10)
-        return source[index].image.shape[1]
+    def look(lead):
+        widths = []
+        for index in range(lead, 11 + lead):
+            step.wait(10)
+            widths.append(source[index].image.shape[1])
+        return widths
 
     with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(look, range(12))) == [8 + i for i in range(12)]
+        assert list(pool.map(look, (0, 1))) == [list(range(8, 19)), list(range(9, 20))]
     assert read == list(range(6))
 
 
