@@ -5,9 +5,10 @@ TFDS keeps a prepared data set as ArrayRecord files, whose records have random a
 ourselves. TensorFlow is needed to prepare a data set, not to read it.
 """
 
+import contextlib
 import re
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Examples(Listed):
         images = [key for key, kind in kinds.items() if _is_picture(kind)]
         texts = [key for key, kind in kinds.items() if np.dtype(kind.np_dtype).kind in "OSU"]
         chosen = choose(name, wanted, images, texts, labels)
-        self.name, self._image = name, chosen.image  # what `_read` needs, before there are rows
+        self._image, self.name = chosen.image, name  # a name for errors while the entries are read
         self._examples = _open(name, builder, split)
         self._lengths = array("q")  # bytes of every picture, -1 where there is none
         names = kinds[chosen.text].int2str if chosen.text in labels else None
@@ -81,7 +82,9 @@ class Examples(Listed):
         """All records; fills in how long their pictures are."""
         for start in range(0, len(self._examples), TOGETHER):
             numbers = range(start, min(start + TOGETHER, len(self._examples)))
-            for i, example in zip(numbers, self._read(numbers), strict=True):
+            with _damage(self.name):
+                examples = [_fields(record) for record in self._examples.__getitems__(numbers)]
+            for i, example in zip(numbers, examples, strict=True):
                 picture = next(iter(_values(example, chosen.image)), None)
                 self._lengths.append(-1 if picture is None else len(picture))
                 texts = [_text(value, name_of) for value in _values(example, chosen.text)]
@@ -89,18 +92,10 @@ class Examples(Listed):
                     texts = [text and label_caption(template, text) for text in texts]
                 yield make_entry(f"{split}/{i}", texts)
 
-    def _read(self, numbers: Sequence[int]) -> list[Any]:
-        """Several records."""
-        from tensorflow_datasets.proto.tf_example_generated_pb2 import Example
-
-        try:
-            return [Example.FromString(content) for content in self._examples.__getitems__(numbers)]
-        except Exception as error:  # the libraries let out whatever they trip over in damaged files
-            raise DataError(f"cannot read {self.name}: {one_line(error)}") from error
-
     def content(self, index: int, length: int | None) -> bytes:
         """The file of the picture."""
-        pictures = _values(self._read([index])[0], self._image)
+        with _damage(self.name):
+            pictures = _values(_fields(self._examples[index]), self._image)
         if not pictures:
             raise BadRecord(self.rows.ids[index], "no picture")
         return pictures[0][:length]
@@ -136,9 +131,15 @@ def _is_picture(kind: Any) -> bool:
     return isinstance(kind, features.Image) and not is_map
 
 
-def _values(example: Any, path: str) -> Sequence[Any]:
-    """What a record holds under a name: bytes or numbers."""
-    fields = example.features.feature
+def _fields(record: bytes) -> Mapping[str, Any]:
+    """The features of a record by their path."""
+    from tensorflow_datasets.proto.tf_example_generated_pb2 import Example
+
+    return Example.FromString(record).features.feature
+
+
+def _values(fields: Mapping[str, Any], path: str) -> Sequence[Any]:
+    """What a record holds under a name: bytes or numbers; nothing where it has no such feature."""
     if path not in fields:
         return ()
     return getattr(fields[path], fields[path].WhichOneof("kind") or "bytes_list").value
@@ -152,6 +153,15 @@ def _text(value: Any, name_of: Callable[[int], str] | None) -> str | None:
         return name_of(value)
     except ValueError:
         return None
+
+
+@contextlib.contextmanager
+def _damage(name: str) -> Iterator[None]:
+    """Files that the libraries cannot read are told in one line: they let out whatever they trip over."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(f"cannot read {name}: {one_line(error)}") from error
 
 
 # --- where the data set is ----------------------------------------------------------------------------------
