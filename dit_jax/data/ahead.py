@@ -7,6 +7,7 @@ are killed: a read that never returns keeps no program from ending. A process wh
 Results come through pipes: /dev/shm, of which a container has little, is left alone.
 """
 
+import atexit
 import collections
 import contextlib
 import itertools
@@ -30,6 +31,9 @@ from dit_jax.errors import DataError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+# Ctrl-C and a scheduler signal all processes of a run; the parent decides what to do, and needs its workers till then.
+FOR_PARENTS = ("SIGINT", "SIGTERM", "SIGUSR1")
+PIPE = 2**20  # bytes; no more is given to those without privileges
 CLOSING = 5.0  # seconds that those who are told to stop are waited for
 
 
@@ -124,9 +128,16 @@ def in_processes(
     context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads of this process hold
     workers = min(workers, len(items))
     started: list[tuple[Connection, BaseProcess]] = []
+
+    def stop() -> None:
+        for _, process in started:
+            process.kill()
+
+    atexit.register(stop)  # a thread that waits for a worker may never come to its end
     try:
         for w in range(workers):
             reader, writer = context.Pipe(duplex=False)
+            _widen(writer)
             process: BaseProcess = context.Process(
                 target=_serve, args=(writer, make, items[w::workers], threads, depth), daemon=True
             )
@@ -136,11 +147,19 @@ def in_processes(
         for i in range(len(items)):
             yield _receive(*started[i % workers], patience, what)
     finally:
-        for _, process in started:
-            process.kill()
+        atexit.unregister(stop)
+        stop()
         for reader, process in started:
             process.join(CLOSING)
             reader.close()
+
+
+def _widen(pipe: Connection) -> None:
+    """Lets a pipe hold a picture or a few, where the system can; of the usual 64 KiB a picture comes in pieces."""
+    with contextlib.suppress(ImportError, AttributeError, OSError):  # as Linux can
+        import fcntl
+
+        fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE)
 
 
 class _Failed(NamedTuple):
@@ -173,8 +192,10 @@ def _end(exit_code: int | None) -> str:
 def _serve(
     writer: Connection, make: Callable[[Any], Any], items: Sequence[Any] | np.ndarray, threads: int, depth: int
 ) -> None:
-    """The life of a worker: it is slowed by the pipe, which holds less than a picture, and ends when that is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, who kills this process
+    """The life of a worker: it waits where the pipe is full, and ends when that is closed."""
+    for name in FOR_PARENTS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(BrokenPipeError):
         try:

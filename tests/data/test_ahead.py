@@ -114,9 +114,9 @@ def test_there_may_be_fewer_items_than_processes():
 
 
 def test_large_results_do_not_pile_up():
-    """A pipe holds 64 KiB; a worker whose results nobody takes waits, and ends when the stream is closed."""
-    with closing(in_processes(bytes, [10**6] * 1000, 2, 1, 3, LONG, "it")) as stream:
-        assert [len(result) for result in islice(stream, 5)] == [10**6] * 5
+    """A worker whose results nobody takes waits, and ends when the stream is closed."""
+    with closing(in_processes(bytes, [3 * 10**6] * 1000, 2, 1, 3, LONG, "it")) as stream:
+        assert [len(result) for result in islice(stream, 5)] == [3 * 10**6] * 5
 
 
 class Stubborn(Exception):
@@ -181,6 +181,16 @@ def test_leaving_early_stops_blocked_processes():
     with closing(in_processes(misbehave, ["a", "blocked", "blocked"], 2, 1, 4, LONG, "cats")) as stream:
         assert next(stream) == "a"
     assert time.monotonic() - begin < LONG / 2
+
+
+def test_a_signal_to_all_is_for_the_parent():
+    """A scheduler signals every process of a run; what is to be done about it is not the workers' business."""
+    with closing(in_processes(uneven, range(10_000), 2, 1, 4, LONG, "cats")) as stream:
+        assert list(islice(stream, 2)) == [0, 10]  # both work
+        for process in multiprocessing.active_children():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                os.kill(process.pid, number)
+        assert list(islice(stream, 200)) == [10 * item for item in range(2, 202)]
 
 
 # --- programs -----------------------------------------------------------------------------------------------
