@@ -38,7 +38,6 @@ TRIED = (16, 256)  # pictures or captions whose encoding is timed for the foreca
 LONG_ENOUGH = 2.0  # seconds that tell how quick it is
 COUNTED = 2000  # captions whose tokens are counted for it
 SPARE = 2**28  # bytes of the disk that are not filled
-GIB = 2**30
 SHEET = (6, 4)  # columns and rows of a contact sheet
 OPENED = 20_000  # pictures of a larger set are sampled when it is inspected
 
@@ -97,7 +96,7 @@ def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shar
     with writable(output):
         manifest = cache_files.finish(output, identity, say_hashed())
     size = sum(known["bytes"] for known in manifest["shards"].values())
-    say(f"done: {size / GIB:.2f} GiB, {size / pictures:,.0f} bytes a picture, {manifest['bad_records']:,} bad records")
+    say(f"done: {in_words(size)}, {size / pictures:,.0f} bytes a picture, {manifest['bad_records']:,} bad records")
     say(f"train from it: --config.data.source=cache:{output}")
 
 
@@ -106,12 +105,15 @@ def open_encoding(config: ConfigDict, per_shard: int) -> "Encoding":
     from dit_jax import build
     from dit_jax.data.cache import Cache
     from dit_jax.data.cache_parts import tabulate
+    from dit_jax.data.sources import Mixture
     from dit_jax.feed import THREADS, find_buckets
     from dit_jax.training.encode import Encoding
 
     source = build.make_source(config, "all")
     if isinstance(source, Cache):
         raise ConfigError(f"data.source={config.data.source} is encoded already")
+    if isinstance(source, Mixture):
+        raise ConfigError("a mixture is not cached as one: encode its sources one by one, and mix their caches")
     if config.data.crop == "random":
         raise ConfigError("data.crop=random cannot be cached: a picture that is encoded once is cut once")
     vae, text_encoder = build.make_vae(config), build.make_text_encoder(config)
@@ -163,13 +165,13 @@ def forecast(config: ConfigDict, output: Path, encoding: "Encoding", left: "Sequ
         seconds += taken / len(trial) * sum(map(len, some))
     free = shutil.disk_usage(output).free
     say(
-        f"forecast: latents {of_pictures / GIB:.2f} GiB, text {of_texts / GIB:.2f} GiB ({tokens:.1f} tokens a caption),"
-        f" {duration(seconds)}; the disk has {free / GIB:.2f} GiB free"
+        f"forecast: latents {in_words(of_pictures)}, text {in_words(of_texts)} ({tokens:.1f} tokens a caption),"
+        f" {duration(seconds)}; the disk has {in_words(free)} free"
     )
     if of_pictures + of_texts + SPARE > free:
         raise WorkdirError(
-            f"the disk of {output} has {free / GIB:.2f} GiB free, and the cache needs"
-            f" {(of_pictures + of_texts) / GIB:.2f}; make room, or give another --output"
+            f"the disk of {output} has {in_words(free)} free, and the cache needs"
+            f" {in_words(of_pictures + of_texts)}; make room, or give another --output"
         )
 
 
@@ -243,9 +245,14 @@ def say_hashed() -> "Callable[[int, int], None]":
         nonlocal said
         if time.monotonic() - said > SAY_EVERY:
             said = time.monotonic()
-            say(f"hashed {done / GIB:.1f} of {total / GIB:.1f} GiB")
+            say(f"hashed {in_words(done)} of {in_words(total)}")
 
     return told
+
+
+def in_words(size: int) -> str:
+    """A number of bytes in MiB or GiB."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.2f} MiB"
 
 
 def say(line: str) -> None:

@@ -1,6 +1,7 @@
 """A cache is what its raw pictures are, whoever made it in how many pieces; and it is never taken for another."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -15,13 +16,13 @@ from dit_jax import precompute
 from dit_jax.data.cache_files import open_cache
 from dit_jax.encoders.places import ASSETS
 from dit_jax.errors import ConfigError, DataError, WorkdirError
-from tests.data.same_pictures import same_pictures
+from tests.data.same_pictures import TFDS, write_folder, write_wds
 from tests.tiny_run import CONFIG, TINY, tiny_config, train_tiny
 
 STEPS = {"total_steps": "5", "log_every": "1", "save_every": "0", "sample_every": "0", "model__dropout": "0"}
 
 
-def make(output, part=0, parts=1, per_file=5, **changes):
+def make(output, part=0, parts=1, per_file=4096, **changes):
     """A cache of the shapes world, or of other data."""
     precompute.precompute(tiny_config(**changes), output, part, parts, per_file)
     return output
@@ -34,6 +35,11 @@ def losses(workdir, **changes):
     return [row["loss"] for row in rows]
 
 
+def same_pictures(folder):
+    """The same eight pictures as sources of three kinds."""
+    return {"folder": write_folder(folder / "folder"), "wds": write_wds(folder / "wds"), "tfds": TFDS}
+
+
 def content(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*"))}
 
@@ -41,7 +47,7 @@ def content(folder):
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """A finished cache of 28 pictures in 6 files and their captions in as many; tests leave it as it is."""
-    return make(tmp_path_factory.mktemp("caches") / "shapes")
+    return make(tmp_path_factory.mktemp("caches") / "shapes", per_file=5)
 
 
 # --- the same numbers ---------------------------------------------------------------------------------------
@@ -138,7 +144,7 @@ def test_a_run_on_raw_pictures_goes_on_from_their_cache(tmp_path):
 def test_parts_made_in_any_order_are_the_same_cache_byte_for_byte(parts, cache, tmp_path, capsys):
     for part in reversed(range(parts)):
         assert not (tmp_path / "manifest.json").exists()
-        make(tmp_path, part, parts)
+        make(tmp_path, part, parts, per_file=5)
     assert content(tmp_path) == content(cache)
     assert "missing still; the other parts make them" in capsys.readouterr().out
 
@@ -148,7 +154,7 @@ def test_files_that_are_there_are_not_made_again(cache, tmp_path, capsys):
     for gone in ("manifest.json", "pictures-00003-of-00006.safetensors"):
         (tmp_path / gone).unlink()
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*-of-*")}
-    make(tmp_path)
+    make(tmp_path, per_file=5)
     after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*-of-*")}
     assert before.items() <= after.items() and len(after) == len(before) + 1
     assert content(tmp_path) == content(cache)
@@ -223,7 +229,7 @@ def test_a_cache_of_another_text_encoder_is_refused(cache, tmp_path):
 def test_another_cache_in_the_folder_is_left_as_it_is(cache, tmp_path):
     shutil.copytree(cache, tmp_path, dirs_exist_ok=True)
     with pytest.raises(DataError, match="data.records"):
-        make(tmp_path, data__num_pictures="20")
+        make(tmp_path, per_file=5, data__num_pictures="20")
     assert content(tmp_path) == content(cache)
 
 
@@ -264,12 +270,14 @@ def test_what_is_a_cache_or_is_cut_at_random_is_not_cached(cache, tmp_path):
         make(tmp_path / "x", data__source=f"cache:{cache}")
     with pytest.raises(ConfigError, match="cut once"):
         make(tmp_path / "x", data__crop="random", data__encode="every_step")
+    with pytest.raises(ConfigError, match="mix their caches"):
+        make(tmp_path / "x", data__source="shapes + shapes")
     assert not (tmp_path / "x").exists()
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
-    with pytest.raises(WorkdirError, match=r"has 0\.00 GiB free, and the cache needs"):
+    with pytest.raises(WorkdirError, match=r"has 1\.00 MiB free, and the cache needs"):
         make(tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*-of-*"))
 
@@ -279,8 +287,8 @@ def test_the_forecast_of_the_disk_is_what_it_takes(tmp_path, capsys):
     said = capsys.readouterr().out
     pictures = sum(path.stat().st_size for path in folder.glob("pictures-*"))
     texts = sum(path.stat().st_size for path in folder.glob("texts-*"))
-    forecast = [float(word) for word in said.split("forecast: latents ")[1].replace(" GiB, text", "").split()[:2]]
-    assert abs(forecast[0] - pictures / 2**30) < 0.006 and abs(forecast[1] - texts / 2**30) < 0.006
+    forecast = [float(size) for size in re.findall(r"(?:latents|text) ([\d.]+) MiB", said)]
+    np.testing.assert_allclose(forecast, [pictures / 2**20, texts / 2**20], atol=0.03)
 
 
 # --- inspection ---------------------------------------------------------------------------------------------
