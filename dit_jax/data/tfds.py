@@ -64,7 +64,7 @@ class Examples(Listed):
     """
 
     def __init__(self, name: str, builder: Any, split: str, wanted: tuple[str, str, str], template: str):
-        kinds = dict(_flat("", builder.info.features))
+        kinds = dict(sorted(_flat("", builder.info.features)))  # TFDS keeps no order
         labels = [key for key, kind in kinds.items() if isinstance(kind, _library().features.ClassLabel)]
         images = [key for key, kind in kinds.items() if _is_picture(kind)]
         texts = [key for key, kind in kinds.items() if np.dtype(kind.np_dtype).kind in "OSU"]
