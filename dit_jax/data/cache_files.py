@@ -19,7 +19,7 @@ import json
 import os
 import resource
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -47,6 +47,7 @@ FIELDS = {
 ADDED = ("bad_records", "tokens", "latents", "shards")
 ADDED_FIELDS = {
     "bad_records": int, "tokens.all": int, "tokens.longest": int, "latents.mean": list, "latents.std": list,
+    "shards": dict,
 }  # fmt: skip
 PEOPLE = ("data.name", "vae.name", "text_encoder.name")  # fields for people: another word for the same thing will do
 GO_ON = "the same `python -m dit_jax.precompute` command makes what is missing"
@@ -94,13 +95,14 @@ def write(folder: Path, identity: Identity, unit: Unit, shard: Pictures | Texts)
     Raises:
       DataError: a moment is not a finite number in the type it is stored as.
     """
+    if _is_whole(_open_shard, folder, identity, unit):
+        return
     if isinstance(shard, Pictures):
         tensors, notes = {"moments": shard.moments, "bad": shard.bad}, _notes(shard, unit)
     else:
         tensors, notes = shard._asdict(), {}
     notes["of"] = _digest(identity, unit.name)
-    if not _is_whole(_open_shard, folder, identity, unit):
-        _write_whole(folder / unit.name, lambda file: write_tensors(file, tensors, notes))
+    _write_whole(folder / unit.name, lambda file: write_tensors(file, tensors, notes))
 
 
 def _notes(shard: Pictures, unit: Unit) -> dict[str, Any]:
@@ -140,25 +142,26 @@ def finish(folder: Path, identity: Identity, say: Say) -> dict[str, Any]:
       DataError: a shard is missing, or the folder holds another cache.
     """
     identity = _begun(folder, identity) or identity
-    table = _open_table(folder, identity)
-    shards = [(unit, _open_shard(folder, identity, unit)) for unit in units(identity)]
-    notes = [(unit, shard.notes) for unit, shard in shards if unit.kind == "pictures"]
-    problems: dict[int, str] = {}
-    for unit, note in notes:
-        if note["problems"]:
+    table, files = _open_table(folder, identity), [folder / TABLE]
+    notes, problems, tokens, longest = [], {}, 0, 0
+    for unit in units(identity):
+        shard = _open_shard(folder, identity, unit)
+        files.append(folder / unit.name)
+        if unit.kind == "texts":
+            tokens, longest = tokens + len(shard.tensors["hidden"]), max(longest, _longest(shard.tensors["offsets"]))
+            continue
+        notes.append(shard.notes)
+        if shard.notes["problems"]:
             records = unit.records(table).tolist()
-            problems |= {records[row]: reason for row, reason in note["problems"]}
+            problems.update({records[row]: reason for row, reason in shard.notes["problems"]})
     rows = [{"id": table.ids[record], "reason": problems[record]} for record in sorted(problems)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     _write_whole(folder / BAD_RECORDS, lambda file: file.write(lines.encode()))
-
-    offsets = [shard.tensors["offsets"] for unit, shard in shards if unit.kind == "texts"]
-    hashes = _hash([folder / name for name in (TABLE, *(unit.name for unit, _ in shards))], say)
     manifest = identity | {
         "bad_records": len(rows),
-        "tokens": {"all": sum(int(o[-1]) for o in offsets), "longest": max(map(_longest, offsets), default=0)},
-        "latents": _statistics([note for _, note in notes], identity["vae"]["channels"]),
-        "shards": {path.name: {"bytes": path.stat().st_size, "sha256": digest} for path, digest in hashes.items()},
+        "tokens": {"all": tokens, "longest": longest},
+        "latents": _statistics(notes, identity["vae"]["channels"]),
+        "shards": {path.name: {"bytes": path.stat().st_size, "sha256": sha256} for path, sha256 in _hash(files, say)},
     }
     _write_whole(folder / MANIFEST, lambda file: file.write(_json(manifest)))
     for left in (folder / BEGUN, *folder.glob(f".*{TEMPORARY}")):
@@ -222,16 +225,22 @@ def open_cache(folder: Path) -> Cache:
       DataError: as of `read_manifest`, or a file is absent or damaged.
     """
     manifest = read_manifest(folder)
+    try:
+        return _open_all(folder, manifest)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # it says what cannot be
+        raise DataError(f"{folder / MANIFEST} is damaged: {error}; {AGAIN}") from error
+
+
+def _open_all(folder: Path, manifest: dict[str, Any]) -> Cache:
     identity = {name: value for name, value in manifest.items() if name not in ADDED}
-    table, all_units = _open_table(folder, identity), units(identity)
-    _allow_open_files(len(all_units))
-    known = flat({"shards": manifest.get("shards")})
+    table, every_unit = _open_table(folder, identity), units(identity)
+    _allow_open_files(len(every_unit))
     shards: list[Pictures | Texts] = []
-    for unit in all_units:
+    for unit in every_unit:
         path = folder / unit.name
         tensors = _open_shard(folder, identity, unit).tensors
-        if known.get(f"shards.{unit.name}.bytes") != path.stat().st_size:
-            raise DataError(f"{path} is not as large as {MANIFEST} says; delete it: {GO_ON}")
+        if manifest["shards"][unit.name]["bytes"] != path.stat().st_size:
+            raise DataError(f"{path} is not as large as {MANIFEST} says; {AGAIN}")
         shards.append(Pictures(**tensors, problems={}) if unit.kind == "pictures" else Texts(**tensors))
     return in_memory(identity, table, shards)
 
@@ -241,26 +250,26 @@ def verify(folder: Path, say: Say) -> list[str]:
 
     ``say`` is told how many bytes of how many have been hashed.
     """
-    known = flat({"shards": read_manifest(folder).get("shards")})
-    names = [field.removeprefix("shards.").removesuffix(".sha256") for field in known if field.endswith(".sha256")]
-    hashes = _hash([folder / name for name in names if (folder / name).is_file()], say)
-    return [name for name in names if hashes.get(folder / name) != known[f"shards.{name}.sha256"]]
+    manifest = read_manifest(folder)
+    names = [TABLE, *(unit.name for unit in units(manifest))]
+    hashes = {path.name: sha256 for path, sha256 in _hash([folder / n for n in names if (folder / n).is_file()], say)}
+    known = flat(manifest["shards"])
+    return [name for name in names if name not in hashes or hashes[name] != known.get(f"{name}.sha256")]
 
 
-def _hash(paths: list[Path], say: Say) -> dict[Path, str]:
-    """The sha256 of files, several at a time."""
+def _hash(paths: list[Path], say: Say) -> Iterator[tuple[Path, str]]:
+    """Each file with its sha256; several are read at a time."""
 
-    def of(path: Path) -> str:
+    def sha256(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    total, done, found = sum(path.stat().st_size for path in paths), 0, {}
+    total, done = sum(path.stat().st_size for path in paths), 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for path, digest in zip(paths, pool.map(of, paths), strict=True):
-            found[path] = digest
+        for path, digest in zip(paths, pool.map(sha256, paths), strict=True):
+            yield path, digest
             done += path.stat().st_size
             say(done, total)
-    return found
 
 
 def _open_table(folder: Path, identity: Identity) -> Table:
@@ -370,6 +379,7 @@ def _read(path: Path) -> dict[str, Any]:
     if isinstance(version, int) and version > FORMAT:
         raise DataError(f"{path.parent} has format {version}, and this release reads {FORMAT}; update dit_jax")
     expected = FIELDS | (ADDED_FIELDS if path.name == MANIFEST else {})
+    fields |= found  # whole sections, too
     if wrong := [name for name, kind in expected.items() if not isinstance(fields.get(name), kind)]:
         raise DataError(f"{path} is damaged: {', '.join(wrong)} cannot be; {AGAIN}")
     return found
