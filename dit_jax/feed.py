@@ -93,7 +93,7 @@ def open_feed(
     images = None
     if isinstance(source, Cache):
         check_cache(config, source, vae, text_encoder)
-        order = build.make_order(config, source, source.bucket)
+        order = build.make_order(config, source, source.bucket).without(source.bad)
         flip = source.mirrored and data.flip != "off"
         encoded_batches = gathered_batches(config, source, order, flip)
         shapes = source.shapes
@@ -107,6 +107,7 @@ def open_feed(
         images = np.stack([samples[k].image for k in range(min(FIRST, config.batch_size))])
         if data.encode == "once":
             cache = encode_once(config, source, bucket, shapes, samples.flip, vae, text_encoder, bad_records, say)
+            order = order.without(cache.bad)
             encoded_batches = gathered_batches(config, cache, order, samples.flip)
             say_long(cache, text_encoder.length, say)
         else:

@@ -120,7 +120,7 @@ def set_up(allow_cpu: bool, verbose: bool) -> None:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-        for name in ("absl", "jax", "orbax", "grain"):
+        for name in ("absl", "jax", "orbax"):
             logging.getLogger(name).setLevel(logging.ERROR)
         warnings.showwarning = _show_warning
     import jax

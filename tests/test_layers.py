@@ -50,10 +50,10 @@ NEEDS_ONLY = {
     "training/state.py": {"jax", "flax", "optax", "numpy"},
     "training/optimizer.py": {"jax", "flax", "optax", "numpy"},
     # Never touches a device.
-    "data/": {"numpy", "ml_dtypes", "PIL", "grain", "absl", *DATA_LIBRARIES},
+    "data/": {"numpy", "ml_dtypes", "PIL", *DATA_LIBRARIES},
 }
 
-IMPORT_NAME = {"absl-py": "absl", "orbax-checkpoint": "orbax", "pillow": "PIL"}  # where it is not its own
+IMPORT_NAME = {"orbax-checkpoint": "orbax", "pillow": "PIL"}  # where it is not its own
 OPTIONAL = ["torch", "diffusers", "tensorflow", "tensorflow_datasets", "datasets", "pyarrow", "fastapi", "wandb"]
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -220,7 +220,7 @@ class Order:
         parts = [here if any(not bad[part.records].all() for part in here) else [] for here in self.parts]
         if not any(parts):
             raise DataError(f"all {len(bad)} records are bad")
-        return Order(parts, self.batch_size, self.seed)
+        return self if len(self.used) == sum(map(bool, parts)) else Order(parts, self.batch_size, self.seed)
 
     def stand_ins(self, bad: np.ndarray) -> np.ndarray:
         """For every record the one that is used when its turn comes, where it is known which are bad.
