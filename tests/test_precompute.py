@@ -17,6 +17,7 @@ from dit_jax.data.cache_files import open_cache
 from dit_jax.encoders.places import ASSETS
 from dit_jax.errors import ConfigError, DataError, WorkdirError
 from tests.data.same_pictures import TFDS, write_folder, write_wds
+from tests.noise_pictures import SQUARE, TALL, WIDE, draw_noise
 from tests.tiny_run import CONFIG, TINY, tiny_config, train_tiny
 
 STEPS = {"total_steps": "5", "log_every": "1", "save_every": "0", "sample_every": "0", "model__dropout": "0"}
@@ -35,11 +36,6 @@ def losses(workdir, **changes):
     return [row["loss"] for row in rows]
 
 
-def same_pictures(folder):
-    """The same eight pictures as sources of three kinds."""
-    return {"folder": write_folder(folder / "folder"), "wds": write_wds(folder / "wds"), "tfds": TFDS}
-
-
 def content(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*"))}
 
@@ -53,52 +49,35 @@ def cache(tmp_path_factory):
 # --- the same numbers ---------------------------------------------------------------------------------------
 
 
+SAME = {"data__storage_dtype": "float16", "data__flip": "on", "batch_size": "4"}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """The same eight pictures as sources of three kinds."""
+    folder = tmp_path_factory.mktemp("same")
+    return {"folder": write_folder(folder / "folder"), "wds": write_wds(folder / "wds"), "tfds": TFDS}
+
+
+@pytest.fixture(scope="module")
+def expected(places, tmp_path_factory):
+    """The losses of a run on the folder."""
+    return losses(tmp_path_factory.mktemp("runs") / "once", data__source=places["folder"], **SAME)
+
+
 @pytest.mark.parametrize("kind", ["folder", "wds", "tfds"])
-def test_raw_pictures_and_their_cache_give_the_same_losses(kind, tmp_path):
-    source = same_pictures(tmp_path)[kind]
-    changes = {"data__storage_dtype": "float16", "data__flip": "on", "batch_size": "4"}
-    cache = make(tmp_path / "cache", data__source=source, **changes)
+def test_raw_pictures_of_any_kind_and_their_cache_give_the_same_losses(kind, places, expected, tmp_path):
+    cache = make(tmp_path / "cache", data__source=places[kind], **SAME)
     runs = [
-        losses(tmp_path / "once", data__source=source, **changes),
-        losses(tmp_path / "every_step", data__source=source, data__encode="every_step", **changes),
-        losses(tmp_path / "cached", data__source=f"cache:{cache}", **changes),
+        losses(tmp_path / "every_step", data__source=places[kind], data__encode="every_step", **SAME),
+        losses(tmp_path / "cached", data__source=f"cache:{cache}", **SAME),
     ]
-    np.testing.assert_allclose(runs[1:], [runs[0]] * 2, rtol=1e-5)
-    assert len(set(np.round(runs[0], 4))) > 2  # the losses are those of different batches
-
-
-def test_the_three_kinds_give_the_same_losses(tmp_path):
-    places = same_pictures(tmp_path)
-    runs = [losses(tmp_path / kind, data__source=places[kind], batch_size="4") for kind in ("folder", "wds", "tfds")]
-    np.testing.assert_allclose(runs[1:], [runs[0]] * 2, rtol=1e-5)
-
-
-def draw(folder, sizes, bad=()):
-    """Pictures of random noise and several captions each; those of ``bad`` are broken."""
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    rows = []
-    for i, (width, height) in enumerate(sizes):
-        name = f"{i:02}.png"
-        if i in bad:
-            (folder / name).write_bytes(b"no picture")
-        else:
-            small = Image.fromarray(random.integers(0, 255, (4, 4, 3), np.uint8))
-            small.resize((width, height), Image.Resampling.BICUBIC).save(folder / name)
-        rows.append(
-            json.dumps(
-                {"file_name": name, "text": [f"a picture {i}", f"there is {i}", f"an image with {i}"][: 1 + i % 3]}
-            )
-        )
-    (folder / "metadata.jsonl").write_text("\n".join(rows))
-    return f"folder:{folder}"
-
-
-WIDE, TALL, SQUARE = (96, 64), (64, 96), (64, 64)
+    np.testing.assert_allclose(runs, [expected] * 2, rtol=1e-5)
+    assert len(set(np.round(expected, 4))) > 2  # they are those of different batches
 
 
 def test_buckets_bad_records_several_captions_and_a_validation_part_survive_the_cache(tmp_path):
-    source = draw(tmp_path / "pictures", [WIDE, TALL, SQUARE] * 10, bad=(3, 7))
+    source = draw_noise(tmp_path / "pictures", [WIDE, TALL, SQUARE] * 10, bad=(3, 7))
     changes = {
         "data__buckets": "5",
         "data__max_bad_fraction": "0.2",
@@ -118,7 +97,7 @@ def test_buckets_bad_records_several_captions_and_a_validation_part_survive_the_
 
 
 def test_a_mixture_of_caches_is_the_mixture_of_their_sources(tmp_path):
-    sources = [draw(tmp_path / "a", [SQUARE] * 6), draw(tmp_path / "b", [SQUARE] * 9)]
+    sources = [draw_noise(tmp_path / "a", [SQUARE] * 6), draw_noise(tmp_path / "b", [SQUARE] * 9)]
     caches = [f"cache:{make(tmp_path / f'cache_{i}', data__source=one)}" for i, one in enumerate(sources)]
     runs = [
         losses(tmp_path / name, data__source=f"3*{a} + {b}", batch_size="4")
@@ -127,14 +106,10 @@ def test_a_mixture_of_caches_is_the_mixture_of_their_sources(tmp_path):
     np.testing.assert_allclose(runs[0], runs[1], rtol=1e-5)
 
 
-def test_a_run_on_raw_pictures_goes_on_from_their_cache(tmp_path):
-    places = same_pictures(tmp_path)
-    changes = {**STEPS, "batch_size": "4"}
-    cache = make(tmp_path / "cache", data__source=places["folder"], batch_size="4")
-    whole = train_tiny(tmp_path / "whole", data__source=places["folder"], **changes)
-    halves = train_tiny(tmp_path / "halves", data__source=places["folder"], stop_at_step="2", **changes)
-    train_tiny(halves, data__source=f"cache:{cache}", **changes)
-    assert (whole / "metrics.jsonl").read_text() == (halves / "metrics.jsonl").read_text()
+def test_a_run_on_raw_pictures_goes_on_from_their_cache(places, expected, tmp_path):
+    cache = make(tmp_path / "cache", data__source=places["folder"], **SAME)
+    halves = train_tiny(tmp_path / "halves", data__source=places["folder"], stop_at_step="2", **STEPS, **SAME)
+    assert losses(halves, data__source=f"cache:{cache}", **SAME) == expected
 
 
 # --- made in pieces -----------------------------------------------------------------------------------------
@@ -234,7 +209,7 @@ def test_another_cache_in_the_folder_is_left_as_it_is(cache, tmp_path):
 
 
 def test_too_many_bad_records_stop_the_work_and_a_run(tmp_path):
-    source = draw(tmp_path / "pictures", [SQUARE] * 12, bad=range(4))
+    source = draw_noise(tmp_path / "pictures", [SQUARE] * 12, bad=range(4))
     with pytest.raises(DataError, match=r"\d of 12 records are bad.*00\.png: not a picture"):
         make(tmp_path / "cache", data__source=source)
     cache = make(tmp_path / "cache", data__source=source, data__max_bad_fraction="0.5")
@@ -296,7 +271,7 @@ def test_the_forecast_of_the_disk_is_what_it_takes(tmp_path, capsys):
 
 def test_inspecting_a_set_and_its_cache_writes_nothing_but_a_sheet(cache, tmp_path):
     before = content(cache)
-    for source, told in (("shapes", "28 records"), (f"cache:{cache}", "all 13 files have the sha256")):
+    for source, told in (("shapes", "28 records"), (f"cache:{cache}", "all 13 have the sha256")):
         sheet = tmp_path / f"{source[:5]}.png"
         done = run(f"--config={CONFIG}", "--config.data.num_pictures=28", f"--inspect={source}", f"--sheet={sheet}")
         assert done.returncode == 0 and told in done.stdout, done.stdout + done.stderr
