@@ -12,6 +12,7 @@ import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import ml_dtypes
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 import safetensors
 
-from dit_jax.data import cache_files
+from dit_jax.data import cache_files, cache_parts, tensor_files
 from dit_jax.data.cache import in_memory, join
 from dit_jax.data.cache_files import begin, finish, missing, open_cache, read_manifest, verify, write
 from dit_jax.data.cache_parts import Pictures, Table, Texts, Unit, flat, mismatches, tabulate, units
@@ -302,6 +303,21 @@ def test_distinct_captions_are_numbered_as_a_dict_would():
     assert table.first.tolist() == np.cumsum([0, *map(len, captions)]).tolist()
 
 
+@pytest.mark.parametrize("half", [slice(0, 8), slice(8, 16)])
+def test_captions_whose_hashes_are_half_alike_are_told_apart(half, monkeypatch):
+    blake2b = hashlib.blake2b
+
+    def half_alike(content, digest_size):
+        digest = bytearray(blake2b(content, digest_size=digest_size).digest())
+        digest[half] = bytes(8)
+        return SimpleNamespace(digest=lambda: bytes(digest))
+
+    monkeypatch.setattr(cache_parts.hashlib, "blake2b", half_alike)
+    captions = [("a", "b"), ("c", "a"), ("b", "d")] * 20
+    table = tabulate(Captioned(captions), np.zeros(60, np.uint8))
+    assert list(table.captions) == ["a", "b", "c", "d"] and table.caption_of.tolist() == [0, 1, 2, 0, 1, 3] * 20
+
+
 def test_a_source_without_a_caption_has_a_table():
     table = tabulate(Captioned([(), ()]), np.zeros(2, np.uint8))
     assert len(table.captions) == 0 and table.first.tolist() == [0, 0, 0] and list(table.ids) == ["0.png", "1.png"]
@@ -384,6 +400,15 @@ def test_the_published_library_reads_the_files(whole):
                 np.testing.assert_array_equal(found.view(np.uint8), getattr(shard, name).view(np.uint8))
 
 
+def test_arrays_lie_where_memory_likes_them(whole):
+    for unit in units(made_once().identity):
+        shard = made_once().shard(unit)
+        arrays = {"moments": shard.moments, "bad": shard.bad} if unit.kind == "pictures" else shard._asdict()
+        file = open_tensors(whole[0] / unit.name, {name: (array.dtype, array.shape) for name, array in arrays.items()})
+        places = [array.ctypes.data - np.frombuffer(file.file, np.uint8).ctypes.data for array in file.tensors.values()]
+        assert min(places) % 4096 == 0 and all(array.flags.aligned for array in file.tensors.values())
+
+
 def test_what_killed_processes_leave_behind_is_not_taken_for_work_and_removed(whole, tmp_path):
     made = made_once()
     begin(tmp_path, made.identity, made.table)
@@ -400,6 +425,7 @@ def test_what_killed_processes_leave_behind_is_not_taken_for_work_and_removed(wh
 WORK = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 sys.path.insert(0, sys.argv[2])
 from tests.data.test_cache import *
 made, folder = encoded(per_shard=(8, 9)), Path(sys.argv[1])
@@ -452,6 +478,44 @@ def test_a_folder_with_another_cache_is_refused_with_the_fields_that_differ(whol
     begin(whole[0], renamed, made.table)
     finish(whole[0], renamed, quiet)
     assert contents(whole[0]) == whole[1]
+
+
+def test_a_cache_that_was_only_begun_is_refused_too(tmp_path):
+    made = made_once()
+    begin(tmp_path, made.identity, made.table)
+    before = contents(tmp_path)
+    with pytest.raises(DataError, match="crop: there center, here random"):
+        begin(tmp_path, {**made.identity, "crop": "random"}, made.table)
+    assert contents(tmp_path) == before
+
+
+def test_another_process_finishes_while_this_one_writes_a_shard_or_begins(whole, tmp_path, monkeypatch):
+    """What this one was writing is tidied away as left behind, and what it was looking for has another name."""
+    made, fsync, read = made_once(), os.fsync, cache_files._read
+    begin(tmp_path, made.identity, made.table)
+    *most, last = units(made.identity)
+    for unit in most:
+        write(tmp_path, made.identity, unit, made.shard(unit))
+
+    def quicker(descriptor):
+        monkeypatch.setattr(os, "fsync", fsync)
+        for path in tmp_path.glob(".*.tmp"):
+            path.unlink()
+        (tmp_path / last.name).write_bytes(whole[1][last.name])
+
+    monkeypatch.setattr(os, "fsync", quicker)
+    write(tmp_path, made.identity, last, made.shard(last))
+
+    def and_then_finished(path):
+        monkeypatch.setattr(cache_files, "_read", read)
+        try:
+            return read(path)
+        finally:
+            finish(tmp_path, made.identity, quiet)
+
+    monkeypatch.setattr(cache_files, "_read", and_then_finished)
+    begin(tmp_path, made.identity, made.table)
+    assert contents(tmp_path) == whole[1]
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path):
@@ -581,6 +645,12 @@ def test_a_damaged_shard_is_named_with_what_mends_it_and_is_made_again(damage, c
     write(copy_of_whole, made.identity, unit, made.shard(unit))
     finish(copy_of_whole, made.identity, quiet)
     assert contents(copy_of_whole) == whole[1]
+
+
+def test_a_header_longer_than_any_that_is_written_is_not_read(copy_of_whole, monkeypatch):
+    monkeypatch.setattr(tensor_files, "HEADER_LIMIT", 4000)
+    with pytest.raises(DataError, match="its header would take 4,088 bytes"):
+        open_cache(copy_of_whole)
 
 
 def test_texts_whose_offsets_lie_are_refused(copy_of_whole):
