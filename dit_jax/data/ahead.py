@@ -31,8 +31,6 @@ from dit_jax.errors import DataError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Ctrl-C and a scheduler signal all processes of a run; the parent decides what to do, and needs its workers till then.
-FOR_PARENTS = ("SIGINT", "SIGTERM", "SIGUSR1")
 PIPE = 2**20  # bytes; no more is given to those without privileges
 CLOSING = 5.0  # seconds that those who are told to stop are waited for
 
@@ -141,7 +139,8 @@ def in_processes(
             process: BaseProcess = context.Process(
                 target=_serve, args=(writer, make, items[w::workers], threads, depth), daemon=True
             )
-            process.start()
+            with _signals_held():
+                process.start()
             writer.close()  # the worker has the only one: its end is the end of the pipe
             started.append((reader, process))
         for i in range(len(items)):
@@ -160,6 +159,23 @@ def _widen(pipe: Connection) -> None:
         import fcntl
 
         fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Processes that are started here never get these signals.
+
+    Ctrl-C and schedulers signal every process of a run. What is to be done is for the parent to say, who may need its
+    workers until it is done.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Failed(NamedTuple):
@@ -193,9 +209,6 @@ def _serve(
     writer: Connection, make: Callable[[Any], Any], items: Sequence[Any] | np.ndarray, threads: int, depth: int
 ) -> None:
     """The life of a worker: it waits where the pipe is full, and ends when that is closed."""
-    for name in FOR_PARENTS:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(BrokenPipeError):
         try:

@@ -18,8 +18,8 @@ lies at a random place in the j-th of c_p equal stretches of the cycle,
     time(p, j) = (j + u) / c_p,  u in [0, 1)  slots are sorted by their time                              (7)
     plan(t)    = p, (t div L) * c_p + j       where slot t mod L is the j-th of part p                    (8)
 
-so that any stretch of the run holds about its share of every part. What a part gets differs from its share by less than
-two of L slots: a record that is alone in its part or bucket comes as often as one of a million would. Only the largest
+so that any stretch of the run holds about its share of every part. What a part gets differs from its share by one of L
+slots at most: a record that is alone in its part or bucket comes as often as one of a million would. Only the largest
 part gives more, one slot for each part that is too small to have earned its own.
 
 A record that cannot be used is replaced by another of its cell, drawn from its index alone, so positions never shift.

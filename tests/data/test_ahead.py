@@ -196,12 +196,16 @@ def test_a_signal_to_all_is_for_the_parent():
 # --- programs -----------------------------------------------------------------------------------------------
 
 BLOCKED_WORKERS = """
-import multiprocessing, time
-from dit_jax.data.ahead import in_processes
-stream = in_processes(time.sleep, [0, 1000, 1000, 1000], 2, {threads}, 2, 60, "cats")
-next(stream)
-print(*[process.pid for process in multiprocessing.active_children()], flush=True)
-next(stream)
+import contextlib, multiprocessing, time
+from dit_jax.data import ahead
+ahead.CLOSING = 0.5
+stream = ahead.in_processes(time.sleep, [0, 1000, 1000, 1000], 2, {threads}, 2, 60, "cats")
+if {in_a_thread}:
+    stream = ahead.ahead(stream, 1, 60, "cats")
+with contextlib.closing(stream):
+    next(stream)
+    print(*[process.pid for process in multiprocessing.active_children()], flush=True)
+    next(stream)
 """
 
 
@@ -225,11 +229,11 @@ def is_gone(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
-@pytest.mark.parametrize("threads", [0, 1])
+@pytest.mark.parametrize(("threads", "in_a_thread"), [(0, False), (1, False), (1, True)])
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGINT", "SIGTERM"])
-def test_no_process_outlives_the_program(how, threads):
+def test_no_process_outlives_the_program(how, threads, in_a_thread):
     """SIGKILL and SIGTERM reach the program alone, as those of a scheduler may; Ctrl-C reaches its workers too."""
-    program = start(BLOCKED_WORKERS.format(threads=threads))
+    program = start(BLOCKED_WORKERS.format(threads=threads, in_a_thread=in_a_thread))
     with program:
         workers = [int(pid) for pid in program.stdout.readline().split()]
         assert len(workers) == 2 and not any(map(is_gone, workers))

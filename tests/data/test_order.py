@@ -107,8 +107,10 @@ def test_parts_have_their_shares_over_any_cycle_and_nearly_over_any_stretch(size
     for first in (0, 12_345, 2**40 + 1):
         found = counts(first, SLOTS)
         assert np.all(found >= 1)
-        assert np.all(found - share * SLOTS < 2)
-        assert np.all(share * SLOTS - found < len(sizes) + 1)  # only the largest gives more than one
+        unearned = (share * SLOTS < 0.5).sum()  # their slots are the largest part's
+        off = found - share * SLOTS
+        off[np.argmax(share)] += unearned
+        assert np.all(np.abs(off) < 1 + 1e-6)
     for first in (0, SLOTS - 500):
         assert np.all(np.abs(counts(first, 1000) - share * 1000) < 3 + 2 * len(sizes) * share)
 
