@@ -28,7 +28,18 @@ import ml_dtypes
 import numpy as np
 
 from dit_jax.data.cache import Cache, in_memory
-from dit_jax.data.cache_parts import Identity, Pictures, Table, Texts, Unit, differences, flat, moments_shape, units
+from dit_jax.data.cache_parts import (
+    FIELDS,
+    Identity,
+    Pictures,
+    Table,
+    Texts,
+    Unit,
+    differences,
+    flat,
+    moments_shape,
+    units,
+)
 from dit_jax.data.rows import Strings
 from dit_jax.data.tensor_files import Layout, TensorFile, open_tensors, write_tensors
 from dit_jax.errors import DataError
@@ -36,14 +47,7 @@ from dit_jax.errors import DataError
 FORMAT = 1  # raised when older releases could not read the files any more
 BEGUN, MANIFEST, TABLE, BAD_RECORDS = "begun.json", "manifest.json", "table.safetensors", "bad_records.jsonl"
 TEMPORARY = ".tmp"
-# Every field of an identity and of what a manifest adds to it.
-FIELDS = {
-    "format": int, "image_size": int, "crop": str, "mirrored": bool, "buckets": list, "storage_dtype": str,
-    "data.name": str, "data.fingerprint": str, "data.records": list, "data.captions": int,
-    "vae.name": str, "vae.sha256": str, "vae.shift": object, "vae.scale": object, "vae.factor": int,
-    "vae.channels": int, "text_encoder.name": str, "text_encoder.sha256": str, "text_encoder.length": int,
-    "text_encoder.width": int, "text_encoder.pooled_width": int, "records_per_shard": int, "captions_per_shard": int,
-}  # fmt: skip
+# What a manifest adds to an identity.
 ADDED = ("bad_records", "tokens", "latents", "shards")
 ADDED_FIELDS = {
     "bad_records": int, "tokens.all": int, "tokens.longest": int, "latents.mean": list, "latents.std": list,

@@ -28,14 +28,33 @@ import numpy as np
 from dit_jax.data.rows import Strings
 from dit_jax.data.sources import Source
 
-# What a cache was made from and how, as in its manifest: nested dicts of what JSON can hold. The keys:
-#   format                              version of the files
-#   data {name, fingerprint, records, captions}   records: how many in each bucket; captions: distinct ones
-#   image_size, crop, mirrored, buckets           buckets: [[height, width], ...] of the pictures
-#   vae {name, sha256, shift, scale, factor, channels}
-#   text_encoder {name, sha256, length, width, pooled_width}
-#   storage_dtype, records_per_shard, captions_per_shard
+# What a cache was made from and how, as in its manifest: nested dicts of what JSON can hold.
 Identity = dict[str, Any]
+FIELDS = {  # all of its fields, by dotted names, and their types
+    "format": int,  # version of the files
+    "data.name": str,
+    "data.fingerprint": str,  # of the source
+    "data.records": list,  # how many there are in each bucket
+    "data.captions": int,  # distinct ones
+    "image_size": int,
+    "crop": str,
+    "mirrored": bool,  # whether mirror images are kept too
+    "buckets": list,  # [height, width] of the pictures of each
+    "storage_dtype": str,  # of the moments
+    "vae.name": str,
+    "vae.sha256": str,
+    "vae.shift": object,
+    "vae.scale": object,
+    "vae.factor": int,
+    "vae.channels": int,
+    "text_encoder.name": str,
+    "text_encoder.sha256": str,
+    "text_encoder.length": int,
+    "text_encoder.width": int,
+    "text_encoder.pooled_width": int,
+    "records_per_shard": int,
+    "captions_per_shard": int,
+}
 
 HASH_BYTES = 16  # of a caption; among ten million, two share one with a probability of 1e-25
 
