@@ -86,7 +86,7 @@ def data(spec: str, overrides: dict[str, str]) -> None:
 
     from dit_jax import build
     from dit_jax.data.ahead import ahead
-    from dit_jax.data.cache_files import open_cache, read_manifest
+    from dit_jax.data.cache.files import open_cache, read_manifest
     from dit_jax.feed import gathered_batches
     from dit_jax.sharding import make_mesh, put_batch
 
@@ -126,8 +126,8 @@ def data(spec: str, overrides: dict[str, str]) -> None:
 def _make_up(folder: Path, config: "ConfigDict") -> None:
     """A cache like one that the config's encoders would fill."""
     from dit_jax import build
-    from dit_jax.data.cache_files import FORMAT
-    from dit_jax.data.made_up import make_up
+    from dit_jax.data.cache.files import FORMAT
+    from dit_jax.data.cache.made_up import make_up
 
     vae, text = build.describe_encoders(config)
     making = {

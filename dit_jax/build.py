@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     import optax
 
     from dit_jax.data.bad_records import BadRecords
-    from dit_jax.data.cache import Cache
-    from dit_jax.data.cache_parts import Identity
+    from dit_jax.data.cache.gather import Cache
+    from dit_jax.data.cache.parts import Identity
     from dit_jax.data.loader import Samples
     from dit_jax.data.order import Order
     from dit_jax.data.shapes_world import ShapesWorld
-    from dit_jax.data.sources import Source
+    from dit_jax.data.sources.records import Source
     from dit_jax.diffusion.process import Process
     from dit_jax.diffusion.samplers import Sampler
     from dit_jax.encoders import VAE, TextEncoder, TextShape, VAEShape
@@ -231,7 +231,7 @@ def describe_encoders(config: ConfigDict) -> tuple["VAEShape", "TextShape"]:
 
 def make_source(config: ConfigDict, part: Literal["train", "validation", "all"]) -> "Source | Cache":
     """The records to train on (``part="train"``), those set aside (``"validation"``), or both (``"all"``)."""
-    from dit_jax.data.catalogue import open_source
+    from dit_jax.data.sources.catalogue import open_source
 
     fraction = config.data.validation_fraction
     if not 0.0 <= fraction < 1.0:
@@ -315,7 +315,7 @@ def make_shapes(config: ConfigDict, factor: int) -> tuple[tuple[int, int], ...]:
 def make_order(config: ConfigDict, source: "Source | Cache", bucket: np.ndarray) -> "Order":
     """Which record each sample of the run is; ``bucket`` is that of every record."""
     from dit_jax.data import order
-    from dit_jax.data.sources import parts_of
+    from dit_jax.data.sources.records import parts_of
 
     return order.make_order(parts_of(source), bucket, config.batch_size, config.seed)
 
@@ -354,13 +354,13 @@ def make_identity(
     Args:
       config: of the run.
       name, fingerprint: of the source.
-      counts: of its records and captions (`dit_jax.data.cache_parts.Table.counts`).
+      counts: of its records and captions (`dit_jax.data.cache.parts.Table.counts`).
       shapes: of the pictures of every bucket.
       mirrored: whether mirror images are kept too.
       vae, text_encoder: what encodes.
       per_shard: records, or captions, in a shard.
     """
-    from dit_jax.data.cache_files import FORMAT
+    from dit_jax.data.cache.files import FORMAT
 
     return {
         "format": FORMAT,

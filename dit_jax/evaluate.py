@@ -81,8 +81,8 @@ def score_nearest(pipeline: Pipeline, full: bool) -> tuple[Scores, Image.Image, 
       CheckpointError: what is there now is not what the model was trained on.
     """
     from dit_jax import build
-    from dit_jax.data.cache import Cache
-    from dit_jax.data.sources import BadRecord
+    from dit_jax.data.cache.gather import Cache
+    from dit_jax.data.sources.records import BadRecord
     from dit_jax.data.transforms import cut
     from dit_jax.metrics.nearest import hits, small_pixels
 

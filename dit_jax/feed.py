@@ -21,11 +21,11 @@ from dit_jax import build
 from dit_jax.data.ahead import gathered
 from dit_jax.data.bad_records import BadRecords, Replaced, too_many
 from dit_jax.data.buckets import assign, sizes_of
-from dit_jax.data.cache import Cache, in_memory
-from dit_jax.data.cache_parts import Pictures, Table, Texts, Unit, flat, mismatches, tabulate, units
+from dit_jax.data.cache.gather import Cache, in_memory
+from dit_jax.data.cache.parts import Pictures, Table, Texts, Unit, flat, mismatches, tabulate, units
 from dit_jax.data.loader import batches
 from dit_jax.data.order import Order, caption_words, is_mirrored
-from dit_jax.data.sources import Source
+from dit_jax.data.sources.records import Source
 from dit_jax.encoders import VAE, TextEncoder
 from dit_jax.encoders.latents import measure_scale
 from dit_jax.errors import ConfigError, DataError

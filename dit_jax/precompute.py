@@ -29,9 +29,9 @@ from dit_jax.errors import ConfigError, WorkdirError
 from dit_jax.runtime import add_flags, path_of, read_overrides, run_program, set_up, writable
 
 if TYPE_CHECKING:
-    from dit_jax.data.cache import Cache
-    from dit_jax.data.cache_parts import Unit
-    from dit_jax.data.sources import Record, Source
+    from dit_jax.data.cache.gather import Cache
+    from dit_jax.data.cache.parts import Unit
+    from dit_jax.data.sources.records import Record, Source
     from dit_jax.training.encode import Encoding
 
 TRIED = (16, 256)  # pictures or captions whose encoding is timed for the forecast: few, and more where few are quick
@@ -57,8 +57,8 @@ def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shar
       WorkdirError: the folder cannot be written to, or its disk is too small.
     """
     from dit_jax import build
-    from dit_jax.data import cache_files
-    from dit_jax.data.cache_parts import units
+    from dit_jax.data.cache import files
+    from dit_jax.data.cache.parts import units
     from dit_jax.feed import SAY_EVERY, note_problems
     from dit_jax.training.encode import encode_units
     from dit_jax.training.progress import EncodingCounter, duration
@@ -72,8 +72,8 @@ def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shar
     every_unit = units(identity)
     mine = every_unit[part::parts]
     with writable(output):
-        cache_files.begin(output, identity, table)
-        missing = set(cache_files.missing(output, identity))
+        files.begin(output, identity, table)
+        missing = set(files.missing(output, identity))
     left = [unit for unit in mine if unit in missing]
     whose = f"part {part} of {parts}: " if parts > 1 else ""
     say(f"{whose}{len(left)} of {len(mine)} files to make")
@@ -86,15 +86,15 @@ def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shar
             for unit, shard in encode_units(encoding, left, counter.told):
                 note_problems(bad_records, table, unit, shard)
                 with writable(output):
-                    cache_files.write(output, identity, unit, shard)
+                    files.write(output, identity, unit, shard)
         say(f"encoded {sum(map(len, left)):,} pictures and captions in {duration(time.monotonic() - begin)}")
 
     # ---- finish
-    if others := cache_files.missing(output, identity):
+    if others := files.missing(output, identity):
         say(f"{len(others)} of {len(every_unit)} files are missing still; the other parts make them")
         return
     with writable(output):
-        manifest = cache_files.finish(output, identity, say_hashed())
+        manifest = files.finish(output, identity, say_hashed())
     size = sum(known["bytes"] for known in manifest["shards"].values())
     say(f"done: {in_words(size)}, {size / pictures:,.0f} bytes a picture, {manifest['bad_records']:,} bad records")
     say(f"train from it: --config.data.source=cache:{output}")
@@ -103,9 +103,9 @@ def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shar
 def open_encoding(config: ConfigDict, per_shard: int) -> "Encoding":
     """The data set of a config with its encoders and all that is known of a cache before anything is encoded."""
     from dit_jax import build
-    from dit_jax.data.cache import Cache
-    from dit_jax.data.cache_parts import tabulate
-    from dit_jax.data.sources import Mixture
+    from dit_jax.data.cache.gather import Cache
+    from dit_jax.data.cache.parts import tabulate
+    from dit_jax.data.sources.records import Mixture
     from dit_jax.feed import THREADS, find_buckets
     from dit_jax.training.encode import Encoding
 
@@ -136,7 +136,7 @@ def forecast(config: ConfigDict, output: Path, encoding: "Encoding", left: "Sequ
     Raises:
       WorkdirError: there is less room on the disk.
     """
-    from dit_jax.data.cache_parts import moments_shape
+    from dit_jax.data.cache.parts import moments_shape
     from dit_jax.training.encode import encode_units, tokenize_quietly
     from dit_jax.training.progress import duration
 
@@ -183,11 +183,11 @@ def inspect(config: ConfigDict, sheet: Path) -> None:
       sheet: the PNG file.
     """
     from dit_jax import build
-    from dit_jax.data.cache_files import open_cache
-    from dit_jax.data.cache_inspection import inspect_cache
-    from dit_jax.data.catalogue import parse
-    from dit_jax.data.contact_sheet import contact_sheet, lay_out
-    from dit_jax.data.inspection import inspect
+    from dit_jax.data.cache.files import open_cache
+    from dit_jax.data.inspection.caches import inspect_cache
+    from dit_jax.data.inspection.contact_sheet import contact_sheet, lay_out
+    from dit_jax.data.inspection.sources import inspect
+    from dit_jax.data.sources.catalogue import parse
     from dit_jax.feed import THREADS
 
     caches = [part.place for part in parse(config.data.source) if part.kind == "cache"]
@@ -221,8 +221,8 @@ def decoded(config: ConfigDict, cache: "Cache") -> "Iterator[Record]":
       ConfigError: they were encoded by another VAE than the config's.
     """
     from dit_jax import build
-    from dit_jax.data.contact_sheet import spread
-    from dit_jax.data.sources import Record
+    from dit_jax.data.inspection.contact_sheet import spread
+    from dit_jax.data.sources.records import Record
 
     vae, made_by = build.make_vae(config), cache.identity["vae"]
     if vae.sha256 != made_by["sha256"]:

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from dit_jax import bench
-from dit_jax.data.made_up import make_up
+from dit_jax.data.cache.made_up import make_up
 from dit_jax.training.memory import residual_bytes
 from tests.tiny_run import CONFIG
 

@@ -1,6 +1,5 @@
 """What training is fed with: several shapes of pictures, and data that never come."""
 
-
 import numpy as np
 import pytest
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from dit_jax import precompute
-from dit_jax.data.cache_files import open_cache
+from dit_jax.data.cache.files import open_cache
 from dit_jax.encoders.places import ASSETS
 from dit_jax.errors import ConfigError, DataError, WorkdirError
 from tests.data.same_pictures import TFDS, write_folder, write_wds

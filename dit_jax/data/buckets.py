@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dit_jax.data.ahead import gathered
-from dit_jax.data.sources import BadRecord, Source
+from dit_jax.data.sources.records import BadRecord, Source
 
 WIDEST = 2.0  # largest ratio of two sides
 

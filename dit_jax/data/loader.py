@@ -17,7 +17,7 @@ import numpy as np
 from dit_jax.data.ahead import in_processes, in_threads
 from dit_jax.data.bad_records import BadRecords, Replaced
 from dit_jax.data.order import Order, caption_words, crop_place, is_mirrored
-from dit_jax.data.sources import BadRecord, Record, Source
+from dit_jax.data.sources.records import BadRecord, Record, Source
 from dit_jax.data.transforms import cut, mirror
 from dit_jax.errors import DataError
 

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dit_jax.data.sources import Record
+from dit_jax.data.sources.records import Record
 
 IMAGE_SIZE = 64
 LATTICE = (16, 24, 32, 40, 48)  # px, where centres may lie on each axis

@@ -2,7 +2,7 @@
 
 They are frozen, so a record gives the same moments and text states at every epoch. `encode_units` runs them over a
 whole source, one shard after the other, and what it yields is kept in memory (`dit_jax.feed`) or on disk
-(`dit_jax.precompute`): either way a `dit_jax.data.cache.Cache`. `encode_every_step` runs them on each batch, for
+(`dit_jax.precompute`): either way a `dit_jax.data.cache.gather.Cache`. `encode_every_step` runs them on each batch, for
 sources that are kept nowhere. All round to the same dtypes, so all train on the same numbers.
 """
 
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.data.cache_parts import Identity, Pictures, Table, Texts, Unit
+from dit_jax.data.cache.parts import Identity, Pictures, Table, Texts, Unit
 from dit_jax.data.loader import RawBatch, Scanned, scan
-from dit_jax.data.sources import Source
+from dit_jax.data.sources.records import Source
 from dit_jax.encoders import VAE, TextEncoder
 from dit_jax.encoders.latents import LatentScale
 
@@ -34,7 +34,7 @@ class Encoding:
     """A source, and how it is encoded.
 
     Attributes:
-      identity: what its cache says of itself (`dit_jax.data.cache_parts`).
+      identity: what its cache says of itself (`dit_jax.data.cache.parts`).
       source: the records.
       table: their names, captions and buckets.
       vae, text_encoder: what encodes them.

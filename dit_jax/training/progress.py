@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from dit_jax.data.cache_parts import Unit
+from dit_jax.data.cache.parts import Unit
 from dit_jax.errors import DivergedError
 from dit_jax.training.loss_scale import FLOOR
 from dit_jax.training.writer import Writer

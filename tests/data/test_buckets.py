@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dit_jax.data.buckets import WIDEST, assign, shapes, sizes_of
-from dit_jax.data.sources import BadRecord
+from dit_jax.data.sources.records import BadRecord
 
 CASES = [
     (256, 16, 9),

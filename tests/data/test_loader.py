@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from dit_jax.data.bad_records import BadRecords, Replaced
-from dit_jax.data.folder import Folder
 from dit_jax.data.loader import Samples, batches, read, scan
 from dit_jax.data.order import caption_words, crop_place, is_mirrored, make_order
-from dit_jax.data.sources import BadRecord, Mixture, Record, parts_of
+from dit_jax.data.sources.folder import Folder
+from dit_jax.data.sources.records import BadRecord, Mixture, Record, parts_of
 from dit_jax.errors import DataError
 
 SEED, SIZE, BATCH = 7, 8, 4

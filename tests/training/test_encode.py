@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from dit_jax.data.cache import in_memory
-from dit_jax.data.cache_parts import tabulate, units
+from dit_jax.data.cache.gather import in_memory
+from dit_jax.data.cache.parts import tabulate, units
 from dit_jax.data.shapes_world import ShapesWorld
-from dit_jax.data.sources import BadRecord
+from dit_jax.data.sources.records import BadRecord
 from dit_jax.encoders import load_text_encoder, load_vae
 from dit_jax.encoders.latents import LatentScale
 from dit_jax.training import encode

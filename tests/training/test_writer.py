@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dit_jax.data.cache_parts import Unit
+from dit_jax.data.cache.parts import Unit
 from dit_jax.errors import DivergedError
 from dit_jax.training.progress import Counter, EncodingCounter, Progress, check_finite, duration
 from dit_jax.training.writer import Writer, truncate_rows

@@ -11,9 +11,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dit_jax.data.folder import Folder
 from dit_jax.data.shapes_world import IMAGE_SIZE, Scene, ShapesWorld, render
-from dit_jax.data.sources import BadRecord, Record, Source, split
+from dit_jax.data.sources.folder import Folder
+from dit_jax.data.sources.records import BadRecord, Record, Source, split
 
 VALIDATION_FRACTION = 0.1  # of the folder
 FOLDER_SIZE = 128  # px; side of the pictures of the folder

@@ -1,0 +1,1 @@
+"""What a person wants to know of a data set, or of a cache, before a night is spent on it."""

@@ -1,0 +1,86 @@
+"""A folder of pictures with their captions as a source."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from dit_jax.data.sources.manifests import columns, make_row, read_csv, read_json, read_jsonl, read_text, usable_rows
+from dit_jax.data.sources.rows import Entry, Files, Rows
+from dit_jax.errors import DataError
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+class Folder(Files):
+    """The pictures of a folder with their captions.
+
+    Of these layouts the first that is there is taken:
+
+      1. ``metadata.jsonl``: a line ``{"file_name": "cat.jpg", "text": "a cat"}`` per picture
+      2. ``metadata.csv``: columns ``file_name`` and ``text``
+      3. ``metadata.json``: a list of ``{"image": "cat.jpg", "text": "a cat"}``
+      4. ``cat.jpg`` with ``cat.txt`` beside it, in any depth of subfolders
+
+    Columns may have the other names of `manifests` too, and a caption may be a list of several. Records keep the
+    order of the metadata file, or that of the sorted file names. File names are relative to the folder and may not
+    leave it; links to files are followed, since download caches are made of them, links to folders are not searched
+    for pairs.
+
+    Raises:
+      DataError: no such folder, no captions in it, or not one usable row.
+    """
+
+    def __init__(self, path: str | Path):
+        folder = Path(path).expanduser()
+        if not folder.is_dir():
+            fault = "is not a folder" if folder.exists() else "does not exist"
+            raise DataError(f"data folder {path} {fault} (from {Path.cwd()}); set data.source=folder:PATH")
+        super().__init__(f"folder:{path}", folder, _rows(folder))
+
+
+USUAL = columns(image="", caption="")
+
+
+def _rows(folder: Path) -> Rows:
+    """Reads the captions of a folder in the first layout that is there."""
+    readers = {"metadata.jsonl": read_jsonl, "metadata.csv": read_csv, "metadata.json": read_json}
+    for file_name, read in readers.items():
+        file = folder / file_name
+        if file.is_file():
+            return usable_rows(map(_inside, read(file, USUAL)), file, USUAL)
+    return _paired_rows(folder, looked_for=tuple(readers))
+
+
+def _inside(entry: Entry) -> Entry:
+    """The entry, or what is wrong with it if it leads out of the folder: folders come from others."""
+    if os.path.isabs(entry.id) or Path(entry.id).parts[:1] == ("..",):
+        return Entry(entry.id, (), "path leaves the data folder")
+    return entry
+
+
+def _paired_rows(folder: Path, looked_for: tuple[str, ...]) -> Rows:
+    """Pairs of picture and text, sorted by name; hidden files and folders are no data."""
+    names = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        pictures = [f for f in files if f.lower().endswith(PICTURE_SUFFIXES) and not f.startswith(".")]
+        below = os.path.relpath(root, folder)
+        names += [os.path.normpath(os.path.join(below, picture)) for picture in pictures]
+    rows = Rows(_paired_entries(folder, sorted(names)))
+    if len(rows.problems) == len(rows):
+        nested = sorted(path.parent for name in looked_for for path in folder.glob(f"*/{name}"))
+        advice = 'write a line {"file_name": "cat.jpg", "text": "a cat"} per picture into metadata.jsonl'
+        if nested:
+            advice = f"set data.source=folder:{nested[0]}"
+        raise DataError(
+            f"no captions in data folder {folder}: looked for {', '.join(looked_for)} and for cat.txt beside "
+            f"cat.jpg ({len(rows)} pictures seen); {advice}"
+        )
+    return rows
+
+
+def _paired_entries(folder: Path, names: list[str]) -> Iterator[Entry]:
+    for name in names:
+        caption_file = (folder / name).with_suffix(".txt")
+        caption = read_text(caption_file) if caption_file.is_file() else None
+        yield make_row({"file_name": name, "text": caption}, name, USUAL)
