@@ -97,23 +97,26 @@ def open_feed(
         flip = source.mirrored and data.flip != "off"
         encoded_batches = gathered_batches(config, source, order, flip)
         shapes = source.shapes
-        say_long(source, text_encoder.length, say)
+        say_long(*source.captions_of_length(text_encoder.length), text_encoder.length, say)
     else:
         bad_records = build.make_bad_records(config, workdir / "bad_records.jsonl", len(source))
         shapes = build.make_shapes(config, vae.factor)
         bucket = find_buckets(source, shapes, say)
         order = build.make_order(config, source, bucket)
         samples = build.make_samples(config, source, order, shapes)
-        images = np.stack([samples[k].image for k in range(min(FIRST, config.batch_size))])
+        first = [samples[k] for k in range(min(FIRST, config.batch_size))]
+        images = np.stack([sample.image for sample in first])
         if data.encode == "once":
             cache = encode_once(config, source, bucket, shapes, samples.flip, vae, text_encoder, bad_records, say)
             order = order.without(cache.bad)
             encoded_batches = gathered_batches(config, cache, order, samples.flip)
-            say_long(cache, text_encoder.length, say)
+            say_long(*cache.captions_of_length(text_encoder.length), text_encoder.length, say)
         else:
+            tokenize = functools.partial(encode.tokenize_quietly, text_encoder)
+            full = tokenize([sample.caption for sample in first])[1].all(1)
+            say_long(int(full.sum()), first[int(full.argmax())].caption, text_encoder.length, say)
 
             def encoded_batches(start: int, stop: int) -> Generator[EncodedBatch, None, None]:
-                tokenize = functools.partial(encode.tokenize_quietly, text_encoder)
                 how = THREADS, data.workers, data.patience
                 raw = batches(samples, tokenize, bad_records, start, stop, *how)
                 return encode.encode_every_step(raw, vae, text_encoder, data.storage_dtype)
@@ -200,9 +203,8 @@ def gathered_batches(config: ConfigDict, cache: Cache, order: Order, flip: bool)
     return lambda start, stop: gathered(make, start, stop, max(1, config.data.workers))
 
 
-def say_long(cache: Cache, length: int, say: Say) -> None:
-    """Say how many captions fill all tokens of the text encoder: most likely they were longer."""
-    count, first = cache.captions_of_length(length)
+def say_long(count: int, first: str, length: int, say: Say) -> None:
+    """Say how many captions fill all tokens of the text encoder, and the first: most likely they were longer."""
     if count:
         say(
             f"warning: captions that fill all {length} tokens of the text encoder, and may be cut: {count:,}, the first"

@@ -134,14 +134,12 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
             captions[0] for captions in itertools.islice(filter(None, source.captions()), GRID)
         )
         draw = functools.partial(draw_samples, pipeline, prompts, workdir / "samples", writer)
-        encoded = feed.batches(start, stop)
-        on_devices = map(functools.partial(put_batch, mesh=mesh), encoded)
+        on_devices = (put_batch(batch, mesh) for batch in feed.batches(start, stop))
         with closing(ahead(on_devices, AHEAD, config.data.patience, config.data.source)) as coming:
             first = next(coming)
             train_steps = compile_steps(step_function, state, first, feed.grids)
-            coming_all = itertools.chain([first], coming)
-            steps = range(start + 1, stop + 1)
-            state = loop(config, state, steps, train_steps, coming_all, checkpoints, identity, draw, progress)
+            every_batch, steps = itertools.chain([first], coming), range(start + 1, stop + 1)
+            state = loop(config, state, steps, train_steps, every_batch, checkpoints, identity, draw, progress)
     say(f"done: step {stop} of {config.total_steps}")
     return state
 
