@@ -18,7 +18,7 @@ raw batch      made by ``data.loader``    what the frozen encoders read
 ``ids``        int32 [B, S]               token ids of the caption, padded
 ``mask``       bool [B, S]                true from BOS to EOS
 ``index``      int64 [B]                  which record of the source was used (after any replacement)
-encoded batch  made by ``training.encode``  what the train step reads
+encoded batch  made by ``feed``           what the train step reads
 ``mean`` ``std``   [B, h, w, C]           raw moments of the latents (VAE posterior, unscaled)
 ``hidden``     bfloat16 [B, S, E]         text states, zero where padded
 ``pooled``     bfloat16 [B, P]
