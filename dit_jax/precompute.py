@@ -87,6 +87,7 @@ def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shar
                 note_problems(bad_records, table, unit, shard)
                 with writable(output):
                     files.write(output, identity, unit, shard)
+                del shard  # before the next one is made
         say(f"encoded {sum(map(len, left)):,} pictures and captions in {duration(time.monotonic() - begin)}")
 
     # ---- finish

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from dit_jax import evaluate
 from dit_jax.data.shapes_world import EVALUATION_CLASSES, evaluation_scenes, render
 from dit_jax.errors import CheckpointError, ConfigError
+from dit_jax.precompute import precompute
 from dit_jax.sample import Pipeline
 from dit_jax.stored import Trained
 from tests.tiny_run import tiny_config
@@ -84,6 +85,23 @@ def test_nearest_refuses_records_that_the_model_was_not_trained_on(tiny_run):
     pipeline.config.data.num_pictures = 27
     with pytest.raises(CheckpointError, match="trained on other records than data.source=shapes holds now"):
         evaluate.score_nearest(pipeline, full=False)
+
+
+def test_a_model_trained_from_a_cache_is_shown_its_pictures_by_a_flag(tmp_path, monkeypatch, capsys):
+    from dit_jax.build import make_source
+
+    precompute(tiny_config(), tmp_path / "cache", 0, 1, 4096)
+    source = make_source(tiny_config(), "train")
+    own = {record.captions[0]: record.image for record in (source[i] for i in range(len(source)))}
+    config = tiny_config(data__source=f"cache:{tmp_path / 'cache'}")
+    painter = Painter(own, config, make_source(config, "train").fingerprint())
+    monkeypatch.setattr(evaluate, "Pipeline", SimpleNamespace(load=lambda *args: painter))
+    flags = [f"--model={tmp_path}", "--metric=nearest"]
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main(flags)
+    assert exit.value.code == 2 and "which holds no pictures; say where they are: --source" in capsys.readouterr().err
+    evaluate.main([*flags, "--source=shapes"])
+    assert capsys.readouterr().out.splitlines()[-1] == "nearest: hits=1.00"
 
 
 def test_the_program_writes_the_scores_and_ends_with_their_line(tmp_path, monkeypatch, capsys):

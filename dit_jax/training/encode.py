@@ -26,7 +26,8 @@ EncodedBatch = dict[str, np.ndarray]  # its keys: see dit_jax.arrays
 Told = Callable[[Unit, int], None]
 
 TEXT_DTYPE = jnp.bfloat16  # what text states are kept as
-CHUNK = 256  # pictures or captions that are in memory at a time
+CHUNK_PIXELS = 2**20  # of the pictures that are in memory at a time: 256 of 64 px, 16 of 256 px
+CHUNK_CAPTIONS = 256
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,16 @@ def encode_units(encoding: Encoding, wanted: Sequence[Unit], told: Told) -> Iter
     What a shard holds depends on the shard alone: neither on the others nor on how often the work was interrupted.
     ``told`` is called with a shard and the number of its captions or pictures that have just been encoded.
     """
-    # One stream of pictures for all shards of a bucket: what reads ahead starts once. No chunk lies in two shards,
-    # since all have a multiple of its size but for the last of a bucket.
-    size = math.gcd(encoding.identity["records_per_shard"], CHUNK)
     for (kind, bucket), group in itertools.groupby(wanted, lambda unit: (unit.kind, unit.bucket)):
         together = list(group)
         if kind == "texts":
             yield from ((unit, _encode_texts(encoding, unit, told)) for unit in together)
             continue
+        # One stream of pictures for all shards of a bucket: what reads ahead starts once. No chunk lies in two shards,
+        # since all have a multiple of its size but for the last of a bucket.
         height, width = encoding.identity["buckets"][bucket]
+        most = 1 << max(1, CHUNK_PIXELS // (height * width)).bit_length() - 1  # a power of two
+        size = math.gcd(encoding.identity["records_per_shard"], most)
         indices = np.concatenate([unit.records(encoding.table) for unit in together])
         how = encoding.threads, encoding.workers, encoding.patience
         stream = scan(encoding.source, indices, height, width, size, *how)
@@ -78,8 +80,8 @@ def _encode_texts(encoding: Encoding, unit: Unit, told: Told) -> Texts:
     """The states of a shard's captions."""
     hidden, lengths, pooled = [], [0], []
     all_captions = unit.captions(encoding.table)
-    for first in range(0, len(all_captions), CHUNK):
-        captions = all_captions[first : first + CHUNK]
+    for first in range(0, len(all_captions), CHUNK_CAPTIONS):
+        captions = all_captions[first : first + CHUNK_CAPTIONS]
         ids, mask = tokenize_quietly(encoding.text_encoder, captions)
         states = encoding.text_encoder.encode_ids(ids, mask)
         hidden.append(np.asarray(states.hidden)[mask].astype(TEXT_DTYPE))  # [tokens, E]
