@@ -48,6 +48,7 @@ def memory(spec: str, overrides: dict[str, str]) -> None:
 
     from dit_jax import build
     from dit_jax.models.dit import REMAT_POLICIES
+    from dit_jax.resolve import resolve
     from dit_jax.sharding import batch_sharding, make_mesh, with_sharding
     from dit_jax.training.memory import abstract_batch, compiled_bytes, saved_bytes
     from dit_jax.training.state import abstract_state
@@ -55,7 +56,7 @@ def memory(spec: str, overrides: dict[str, str]) -> None:
     config = load_config(spec, overrides)
     mesh = make_mesh(jax.devices())
     vae, text_encoder = build.describe_encoders(config)
-    build.resolve(config, config.batch_size, vae, text_encoder, mesh.size)
+    resolve(config, config.batch_size, vae, text_encoder, mesh.size)
     config.latents.shift = config.latents.scale = (1.0,) * config.model.in_channels  # any: they change no shape
     side = config.data.image_size // vae.factor
     B, dtype = config.batch_size, build.compute_dtype(config.dtype, jax.devices()[0])

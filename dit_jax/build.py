@@ -1,16 +1,13 @@
 """The only place where a config becomes objects.
 
 Above: programs, which hold a ConfigDict. Below: libraries, which take plain arguments and have no defaults.
-`resolve` fills what depends on data and encoders, and checks that all fits together; every ``make_*`` turns a part of
-the config into one object. Where a config comes from is in `dit_jax.config`.
+Every ``make_*`` turns a part of a resolved config into one object. Where a config comes from is in `dit_jax.config`,
+what completes it in `dit_jax.resolve`.
 """
 
 import contextlib
-import importlib.util
-import math
-import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dit_jax.errors import ConfigError
+from dit_jax.resolve import choose
 
 if TYPE_CHECKING:
     import optax
@@ -38,105 +36,6 @@ if TYPE_CHECKING:
     from dit_jax.models.dit import DiT
     from dit_jax.training.step import TrainStep
 
-# ------------------------------------------------------------------------------------------------- filling gaps
-
-
-def resolve(
-    config: ConfigDict, num_records: int, vae: "VAEShape", text_encoder: "TextShape", num_devices: int
-) -> list[str]:
-    """Fill in place what depends on the data and the encoders, and check that all fits together.
-
-    Returns:
-      Warnings, one line each.
-
-    Raises:
-      ConfigError: values that cannot go together, each with the key that mends it.
-    """
-    notes = []
-    _check_ranges(config)
-    if not config.total_steps:
-        if not config.total_epochs:
-            raise ConfigError("total_steps and total_epochs are both 0; set one of them")
-        config.total_steps = -(-config.total_epochs * num_records // config.batch_size)
-    if config.total_steps < 1:
-        raise ConfigError(f"total_steps is {config.total_steps}; it must be 1 or more")
-    if config.warmup_steps >= config.total_steps:
-        cut = config.total_steps // 10
-        notes.append(f"warmup_steps {config.warmup_steps} >= total_steps {config.total_steps}: cut to {cut}")
-        config.warmup_steps = cut
-    if config.batch_size % (config.accumulate * num_devices):
-        raise ConfigError(
-            f"batch_size {config.batch_size} is not divisible by accumulate {config.accumulate} x {num_devices} devices"
-        )
-    _choose("data.encode", config.data.encode, dict.fromkeys(("once", "every_step")))
-    _choose("data.storage_dtype", config.data.storage_dtype, dict.fromkeys(("float16", "float32")))
-    _choose("data.crop", config.data.crop, dict.fromkeys(("center", "random")))
-    _choose("latents.normalize", config.latents.normalize, dict.fromkeys(("vae", "measured")))
-    if config.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("wandb_project is set, but wandb is not installed: pip install 'dit_jax[wandb]'")
-    if config.data.encode == "once" and config.data.crop == "random":
-        raise ConfigError("data.crop=random needs data.encode=every_step: pictures that are encoded once are cut once")
-    for key, value in {
-        "text_length": text_encoder.length,
-        "text_width": text_encoder.width,
-        "pooled_width": text_encoder.pooled_width,
-    }.items():
-        if config.model[key] not in (0, value):
-            raise ConfigError(f"model.{key} is {config.model[key]}, but {config.text_encoder} has {value}; set it to 0")
-        config.model[key] = value
-    if config.model.in_channels != vae.channels:
-        raise ConfigError(f"model.in_channels is {config.model.in_channels}, but {config.vae} has {vae.channels}")
-    shift, scale = len(config.latents.shift), len(config.latents.scale)
-    if (shift, scale) not in ((0, 0), (config.model.in_channels, config.model.in_channels)):
-        raise ConfigError(
-            f"latents.shift has {shift} numbers and latents.scale {scale}; give"
-            f" {config.model.in_channels} of each, or none of both"
-        )
-    unit = vae.factor * config.model.patch_size
-    if config.data.image_size % unit or config.data.image_size < unit:
-        raise ConfigError(
-            f"data.image_size is {config.data.image_size}; it must be a multiple of {unit}"
-            f" ({vae.factor} of the VAE x model.patch_size {config.model.patch_size})"
-        )
-    return notes
-
-
-# What the values of some keys must be, in words and as a test that nan does not pass.
-RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
-    ("1 or more", lambda x: x >= 1, ("batch_size", "accumulate", "keep_latest", "model.patch_size", "sample.steps")),
-    (
-        "0 or more",
-        lambda x: 0 <= x < math.inf,
-        (
-            "warmup_steps",
-            "stop_at_step",
-            "log_every",
-            "save_every",
-            "sample_every",
-            "keep_every",
-            "data.workers",
-            "data.patience",
-            "learning_rate",
-            "weight_decay",
-            "sample.guidance_scale",
-        ),
-    ),
-    ("above 0", lambda x: 0 < x < math.inf, ("model.mlp_ratio", "model.time_scale")),
-    ("above 0", lambda x: x > 0, ("clip_norm",)),
-    ("in [0, 1)", lambda x: 0 <= x < 1, ("adam_b1", "adam_b2", "muon_momentum", "ema_decay")),
-    ("in [0, 1]", lambda x: 0 <= x <= 1, ("model.dropout", "caption_dropout", "sample.eta")),
-    ("in [0, 255]", lambda x: 0 <= x <= 255, ("data.buckets",)),
-    ("in [0, 2**32)", lambda x: 0 <= x < 2**32, ("seed",)),
-)
-
-
-def _check_ranges(config: ConfigDict) -> None:
-    for words, holds, keys in RANGES:
-        for key in keys:
-            value = operator.attrgetter(key)(config)
-            if not holds(value):
-                raise ConfigError(f"{key} is {value}; it must be {words}")
-
 
 def compute_dtype(name: str, device: jax.Device) -> jnp.dtype:
     """The dtype of the network's arithmetic; ``auto`` is the one that the device is fast at.
@@ -151,7 +50,7 @@ def compute_dtype(name: str, device: jax.Device) -> jnp.dtype:
     else:
         fast = jnp.bfloat16
     choices = {"auto": fast, "float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-    return _choose("dtype", name, choices)
+    return choose("dtype", name, choices)
 
 
 def _compute_capability(device: jax.Device) -> tuple[int, ...]:
@@ -167,12 +66,6 @@ def config_errors(section: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise ConfigError(f"{section}: {error}") from error
-
-
-def _choose(key: str, name: str, choices: Mapping[str, Any]) -> Any:
-    if name not in choices:
-        raise ConfigError(f"{key} is {name!r}; it can be {', '.join(choices)}")
-    return choices[name]
 
 
 # ------------------------------------------------------------------------------------------------------ objects
@@ -256,7 +149,7 @@ def choose_flip(config: ConfigDict, source: "Source") -> bool:
 
     all_captions = (caption for captions in source.captions() for caption in captions)
     choices = {"on": lambda: True, "off": lambda: False, "auto": lambda: not captions_speak_of_sides(all_captions)}
-    return _choose("data.flip", config.data.flip, choices)()
+    return choose("data.flip", config.data.flip, choices)()
 
 
 def make_model(config: ConfigDict, dtype: jnp.dtype) -> "DiT":
@@ -400,7 +293,7 @@ def make_times(config: ConfigDict, process: "Process") -> Callable[[jax.Array], 
         "logit_normal": lambda: objectives.logit_normal(process.schedule, d.logit_mean, d.logit_std),
     }
     with config_errors("diffusion"):
-        return _choose("diffusion.times", d.times, choices)()
+        return choose("diffusion.times", d.times, choices)()
 
 
 def make_latents(config: ConfigDict) -> "LatentScale":
@@ -421,7 +314,7 @@ def make_sampler(config: ConfigDict, name: str, process: "Process", grid: np.nda
         "heun": lambda: samplers.heun(process, grid),
     }
     with config_errors("sample"):
-        return _choose("sampler", name, choices)()
+        return choose("sampler", name, choices)()
 
 
 def make_optimizer(config: ConfigDict) -> tuple["optax.GradientTransformation", "optax.Schedule"]:

@@ -24,6 +24,7 @@ from dit_jax.config import flatten
 from dit_jax.errors import ConfigError, DataError
 from dit_jax.models.dit import REMAT_POLICIES, DiT
 from dit_jax.models.flops import DEVICES, GIB, Device, activation_bytes, copied_bytes, forward_macs, training_flops
+from dit_jax.resolve import resolve
 from dit_jax.sharding import batch_sharding, make_mesh, with_sharding
 from dit_jax.training.memory import abstract_batch, compiled_bytes
 from dit_jax.training.progress import duration
@@ -95,7 +96,7 @@ def report(config: ConfigDict, name: str, device_name: str | None) -> None:
     records, missing = (None, "") if device else look_at_data(config)
     vae, text = build.describe_encoders(config)
     by_epochs = records is None and not config.total_steps  # then how many steps there are is for the data to say
-    notes = build.resolve(config, MANY if records is None else records, vae, text, num_devices)
+    notes = resolve(config, MANY if records is None else records, vae, text, num_devices)
     chosen = device.dtype if device and config.dtype == "auto" else config.dtype
     dtype = build.compute_dtype(chosen, jax.devices()[0])
     model, process = build.make_model(config, dtype), build.make_process(config)

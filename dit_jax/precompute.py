@@ -108,6 +108,7 @@ def open_encoding(config: ConfigDict, per_shard: int) -> "Encoding":
     from dit_jax.data.cache.parts import tabulate
     from dit_jax.data.sources.records import Mixture
     from dit_jax.feed import THREADS, find_buckets
+    from dit_jax.resolve import resolve
     from dit_jax.training.encode import Encoding
 
     source = build.make_source(config, "all")
@@ -118,7 +119,7 @@ def open_encoding(config: ConfigDict, per_shard: int) -> "Encoding":
     if config.data.crop == "random":
         raise ConfigError("data.crop=random cannot be cached: a picture that is encoded once is cut once")
     vae, text_encoder = build.make_vae(config), build.make_text_encoder(config)
-    build.resolve(config, len(source), vae.shape, text_encoder.shape, 1)
+    resolve(config, len(source), vae.shape, text_encoder.shape, 1)
     for encoder in (vae, text_encoder):
         say(f"encoder: {encoder.name} sha256 {encoder.sha256[:12]}")
     shapes = build.make_shapes(config, vae.factor)

@@ -36,6 +36,7 @@ from dit_jax.encoders import VAE, TextEncoder
 from dit_jax.errors import ConfigError, FetchError
 from dit_jax.feed import open_feed
 from dit_jax.models.flops import peak_flops, training_flops
+from dit_jax.resolve import resolve
 from dit_jax.runtime import writable
 from dit_jax.sample import Pipeline, make_grid, save_png
 from dit_jax.sharding import make_mesh, put_batch
@@ -87,7 +88,7 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
     with offer_embedded():
         vae, text_encoder = build.make_vae(config), build.make_text_encoder(config)
     preview = build.make_preview_vae(config, vae)
-    notes = build.resolve(config, len(source), vae.shape, text_encoder.shape, mesh.size)
+    notes = resolve(config, len(source), vae.shape, text_encoder.shape, mesh.size)
     dtype = build.compute_dtype(config.dtype, jax.devices()[0])
     model, process = build.make_model(config, dtype), build.make_process(config)
     build.make_times(config, process)  # needed later: what cannot be is refused before anything is written

@@ -10,6 +10,7 @@ from dit_jax import build
 from dit_jax.config import load_config
 from dit_jax.encoders import TextShape, VAEShape
 from dit_jax.errors import ConfigError
+from dit_jax.resolve import resolve
 from tests.tiny_run import tiny_config
 
 ENCODERS = (VAEShape(factor=8, channels=4), TextShape(length=77, width=768, pooled_width=512))
@@ -17,12 +18,12 @@ ENCODERS = (VAEShape(factor=8, channels=4), TextShape(length=77, width=768, pool
 
 def test_gaps_are_filled_from_the_encoders_and_epochs_from_the_data():
     config = tiny_config(total_steps="0", total_epochs="3", batch_size="10", warmup_steps="999")
-    warnings = build.resolve(config, 25, *ENCODERS, 2)
+    warnings = resolve(config, 25, *ENCODERS, 2)
     assert config.total_steps == 8  # 3 x 25 pictures, 10 a step
     assert config.warmup_steps == 0 and "warmup_steps 999 >= total_steps 8: cut to 0" in warnings[0]
     assert (config.model.text_length, config.model.text_width, config.model.pooled_width) == (77, 768, 512)
     explicit = tiny_config(total_steps="20", total_epochs="3")
-    build.resolve(explicit, 25, *ENCODERS, 2)
+    resolve(explicit, 25, *ENCODERS, 2)
     assert explicit.total_steps == 20
 
 
@@ -65,13 +66,13 @@ def test_gaps_are_filled_from_the_encoders_and_epochs_from_the_data():
 )
 def test_values_that_cannot_go_together_are_refused(change, says):
     with pytest.raises(ConfigError, match=re.escape(says)):
-        build.resolve(tiny_config(**change), 25, *ENCODERS, 2)
+        resolve(tiny_config(**change), 25, *ENCODERS, 2)
 
 
 def test_values_at_the_edge_of_what_they_may_be_are_taken():
     four = "(1, 1, 1, 1)"
     edges = {"seed": str(2**32 - 1), "clip_norm": "inf", "ema_decay": "0", "model__dropout": "0", "data__workers": "0"}
-    build.resolve(tiny_config(**edges, latents__scale=four, latents__shift=four), 25, *ENCODERS, 2)
+    resolve(tiny_config(**edges, latents__scale=four, latents__shift=four), 25, *ENCODERS, 2)
 
 
 @pytest.mark.parametrize(

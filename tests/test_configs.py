@@ -11,6 +11,7 @@ from dit_jax import build, evaluate, train
 from dit_jax.config import load_config
 from dit_jax.dry_run import ENCODERS, predict
 from dit_jax.models.flops import DEVICES, GIB, training_flops
+from dit_jax.resolve import resolve
 from dit_jax.sharding import make_mesh
 from dit_jax.training.state import abstract_state
 from dit_jax.trees import count_parameters
@@ -21,7 +22,7 @@ SIZES = {"small": small, "base": base, "large": large, "xl": xl}
 @pytest.mark.parametrize("name", SIZES)
 def test_the_header_of_a_size_says_what_is_predicted(name):
     config = load_config(f"configs/{name}.py", {})
-    build.resolve(config, 1, *build.describe_encoders(config), 1)
+    resolve(config, 1, *build.describe_encoders(config), 1)
     device = DEVICES["4090"]
     model = build.make_model(config, build.compute_dtype(device.dtype, jax.devices()[0]))
     optimizer, _ = build.make_optimizer(config)

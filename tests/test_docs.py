@@ -22,6 +22,7 @@ from configs import default
 from dit_jax import build
 from dit_jax.arrays import TextStates
 from dit_jax.config import flatten, load_config
+from dit_jax.resolve import resolve
 from dit_jax.trees import count_parameters, named_leaves
 from tests import test_layers
 
@@ -145,7 +146,7 @@ def test_names_in_backticks_exist(document):
 @pytest.mark.parametrize("document", ["docs/architecture.md", "docs/zh/模型架构.md"])
 def test_the_small_model_has_the_shapes_and_parameters_of_the_table(document):
     config = load_config("configs/small.py", {})
-    build.resolve(config, 1, *build.describe_encoders(config), 1)
+    resolve(config, 1, *build.describe_encoders(config), 1)
     model = build.make_model(config, jnp.bfloat16)
     B, S, E, P = 3, model.text_length, model.text_width, model.pooled_width
 

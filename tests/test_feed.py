@@ -5,6 +5,7 @@ import pytest
 
 from dit_jax import build, feed, train
 from dit_jax.errors import DataError
+from dit_jax.resolve import resolve
 from dit_jax.training.step import TrainStep
 from tests.noise_pictures import SQUARE, TALL, WIDE, draw_noise
 from tests.tiny_run import tiny_config, train_tiny
@@ -13,7 +14,7 @@ from tests.tiny_run import tiny_config, train_tiny
 def open_feed(config, workdir):
     vae, text_encoder = build.make_vae(config), build.make_text_encoder(config)
     source = build.make_source(config, "train")
-    build.resolve(config, len(source), vae.shape, text_encoder.shape, 1)
+    resolve(config, len(source), vae.shape, text_encoder.shape, 1)
     return feed.open_feed(config, workdir, source, vae, vae, text_encoder, lambda line: None)
 
 

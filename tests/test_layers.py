@@ -22,7 +22,7 @@ LIBRARIES = {"diffusion", "models", "encoders", "data"}  # layer 1: do not know 
 ROOMS = {"training", "metrics"}  # layer 2
 # layer 4
 PROGRAMS = {"sample", "evaluate", "train", "dry_run", "precompute", "export", "serve", "doctor", "bench", "__main__"}
-BELOW_PROGRAMS = LEAVES | LIBRARIES | ROOMS | {"config", "build", "feed", "stored", "runtime"}
+BELOW_PROGRAMS = LEAVES | LIBRARIES | ROOMS | {"config", "resolve", "build", "feed", "stored", "runtime"}
 
 MAY_IMPORT = {
     "__init__": set(),
@@ -30,7 +30,8 @@ MAY_IMPORT = {
     **{library: LEAVES for library in LIBRARIES},
     **{room: LEAVES | LIBRARIES for room in ROOMS},
     "config": LEAVES,  # knows of no object that is made from it
-    "build": LEAVES | LIBRARIES | ROOMS,
+    "resolve": LEAVES | {"encoders"},  # completes a config
+    "build": LEAVES | LIBRARIES | ROOMS | {"resolve"},
     "feed": LEAVES | LIBRARIES | ROOMS | {"config", "build"},  # what runs are fed with
     "stored": LEAVES | ROOMS | {"encoders", "config", "build"},  # trained models on disk
     "runtime": LEAVES,  # how programs start and end

@@ -1,0 +1,118 @@
+"""A config made complete: what depends on data and encoders is filled in, and what cannot go together is refused."""
+
+import importlib.util
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ml_collections import ConfigDict
+
+from dit_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dit_jax.encoders import TextShape, VAEShape
+
+
+def resolve(
+    config: ConfigDict, num_records: int, vae: "VAEShape", text_encoder: "TextShape", num_devices: int
+) -> list[str]:
+    """Fill in place what depends on the data and the encoders, and check that all fits together.
+
+    Returns:
+      Warnings, one line each.
+
+    Raises:
+      ConfigError: values that cannot go together, each with the key that mends it.
+    """
+    notes = []
+    _check_ranges(config)
+    if not config.total_steps:
+        if not config.total_epochs:
+            raise ConfigError("total_steps and total_epochs are both 0; set one of them")
+        config.total_steps = -(-config.total_epochs * num_records // config.batch_size)
+    if config.total_steps < 1:
+        raise ConfigError(f"total_steps is {config.total_steps}; it must be 1 or more")
+    if config.warmup_steps >= config.total_steps:
+        cut = config.total_steps // 10
+        notes.append(f"warmup_steps {config.warmup_steps} >= total_steps {config.total_steps}: cut to {cut}")
+        config.warmup_steps = cut
+    if config.batch_size % (config.accumulate * num_devices):
+        raise ConfigError(
+            f"batch_size {config.batch_size} is not divisible by accumulate {config.accumulate} x {num_devices} devices"
+        )
+    choose("data.encode", config.data.encode, dict.fromkeys(("once", "every_step")))
+    choose("data.storage_dtype", config.data.storage_dtype, dict.fromkeys(("float16", "float32")))
+    choose("data.crop", config.data.crop, dict.fromkeys(("center", "random")))
+    choose("latents.normalize", config.latents.normalize, dict.fromkeys(("vae", "measured")))
+    if config.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("wandb_project is set, but wandb is not installed: pip install 'dit_jax[wandb]'")
+    if config.data.encode == "once" and config.data.crop == "random":
+        raise ConfigError("data.crop=random needs data.encode=every_step: pictures that are encoded once are cut once")
+    for key, value in {
+        "text_length": text_encoder.length,
+        "text_width": text_encoder.width,
+        "pooled_width": text_encoder.pooled_width,
+    }.items():
+        if config.model[key] not in (0, value):
+            raise ConfigError(f"model.{key} is {config.model[key]}, but {config.text_encoder} has {value}; set it to 0")
+        config.model[key] = value
+    if config.model.in_channels != vae.channels:
+        raise ConfigError(f"model.in_channels is {config.model.in_channels}, but {config.vae} has {vae.channels}")
+    shift, scale = len(config.latents.shift), len(config.latents.scale)
+    if (shift, scale) not in ((0, 0), (config.model.in_channels, config.model.in_channels)):
+        raise ConfigError(
+            f"latents.shift has {shift} numbers and latents.scale {scale}; give"
+            f" {config.model.in_channels} of each, or none of both"
+        )
+    unit = vae.factor * config.model.patch_size
+    if config.data.image_size % unit or config.data.image_size < unit:
+        raise ConfigError(
+            f"data.image_size is {config.data.image_size}; it must be a multiple of {unit}"
+            f" ({vae.factor} of the VAE x model.patch_size {config.model.patch_size})"
+        )
+    return notes
+
+
+# What the values of some keys must be, in words and as a test that nan does not pass.
+RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+    ("1 or more", lambda x: x >= 1, ("batch_size", "accumulate", "keep_latest", "model.patch_size", "sample.steps")),
+    (
+        "0 or more",
+        lambda x: 0 <= x < math.inf,
+        (
+            "warmup_steps",
+            "stop_at_step",
+            "log_every",
+            "save_every",
+            "sample_every",
+            "keep_every",
+            "data.workers",
+            "data.patience",
+            "learning_rate",
+            "weight_decay",
+            "sample.guidance_scale",
+        ),
+    ),
+    ("above 0", lambda x: 0 < x < math.inf, ("model.mlp_ratio", "model.time_scale")),
+    ("above 0", lambda x: x > 0, ("clip_norm",)),
+    ("in [0, 1)", lambda x: 0 <= x < 1, ("adam_b1", "adam_b2", "muon_momentum", "ema_decay")),
+    ("in [0, 1]", lambda x: 0 <= x <= 1, ("model.dropout", "caption_dropout", "sample.eta")),
+    ("in [0, 255]", lambda x: 0 <= x <= 255, ("data.buckets",)),
+    ("in [0, 2**32)", lambda x: 0 <= x < 2**32, ("seed",)),
+)
+
+
+def _check_ranges(config: ConfigDict) -> None:
+    for words, holds, keys in RANGES:
+        for key in keys:
+            value = operator.attrgetter(key)(config)
+            if not holds(value):
+                raise ConfigError(f"{key} is {value}; it must be {words}")
+
+
+def choose(key: str, name: str, choices: Mapping[str, Any]) -> Any:
+    """What a name stands for; ConfigError lists what it can be."""
+    if name not in choices:
+        raise ConfigError(f"{key} is {name!r}; it can be {', '.join(choices)}")
+    return choices[name]
