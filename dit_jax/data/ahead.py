@@ -3,7 +3,8 @@
 Three ways that keep the order of what they are given, so that nothing depends on who is quick: `in_threads`,
 `in_processes`, and `ahead`, which runs any iterator in a thread of its own. Where nothing comes for ``patience``
 seconds (0 waits for ever), or a process dies, the one who waits gets a `DataError`. Threads are daemons and processes
-are killed: a read that never returns keeps no program from ending. A process whose parent is gone ends by itself.
+are killed: a read that never returns keeps no program from ending, as it does with the executors of the standard
+library and with Grain, which wait for it. A process whose parent is gone ends by itself.
 Results come through pipes: /dev/shm, of which a container has little, is left alone.
 """
 
