@@ -101,7 +101,7 @@ def open_feed(
     else:
         bad_records = build.make_bad_records(config, workdir / "bad_records.jsonl", len(source))
         shapes = build.make_shapes(config, vae.factor)
-        bucket = find_buckets(source, shapes, say)
+        bucket = find_buckets(source, shapes, data.patience, say)
         order = build.make_order(config, source, bucket)
         samples = build.make_samples(config, source, order, shapes)
         first = [samples[k] for k in range(min(FIRST, config.batch_size))]
@@ -132,13 +132,13 @@ def open_feed(
 # ------------------------------------------------------------------------------------------------ encoded as a whole
 
 
-def find_buckets(source: Source, shapes: tuple[tuple[int, int], ...], say: Say) -> np.ndarray:
+def find_buckets(source: Source, shapes: tuple[tuple[int, int], ...], patience: float, say: Say) -> np.ndarray:
     """Which shape the picture of every record is cut to, uint8 ``[n]``; with one shape nothing is looked at."""
     if len(shapes) == 1:
         return np.zeros(len(source), np.uint8)
     begin = time.monotonic()
     say(f"reading the sizes of {len(source):,} pictures ...")
-    bucket = assign(sizes_of(source, THREADS), shapes)
+    bucket = assign(sizes_of(source, THREADS, patience), shapes)
     counts = np.bincount(bucket, minlength=len(shapes)).tolist()
     found = ", ".join(f"{w}x{h}: {count:,}" for (h, w), count in zip(shapes, counts, strict=True) if count)
     say(f"buckets, in {time.monotonic() - begin:.0f} s: {found} pictures")

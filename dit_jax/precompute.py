@@ -123,7 +123,7 @@ def open_encoding(config: ConfigDict, per_shard: int) -> "Encoding":
     for encoder in (vae, text_encoder):
         say(f"encoder: {encoder.name} sha256 {encoder.sha256[:12]}")
     shapes = build.make_shapes(config, vae.factor)
-    table = tabulate(source, find_buckets(source, shapes, say))
+    table = tabulate(source, find_buckets(source, shapes, config.data.patience, say))
     counts, mirrored = table.counts(len(shapes)), build.choose_flip(config, source)
     identity = build.make_identity(
         config, source.name, source.fingerprint(), counts, shapes, mirrored, vae, text_encoder, per_shard
@@ -207,8 +207,9 @@ def inspect(config: ConfigDict, sheet: Path) -> None:
         say(f"tokens are those of {text.name}")
         shapes = build.make_shapes(config, build.describe_encoders(config)[0].factor) if config.data.buckets else ()
         size, bad = config.data.image_size, config.data.max_bad_fraction
-        lines = inspect(source, text.tokenizer.count, text.length, size, bad, shapes, OPENED, THREADS, say).lines()
-        image = contact_sheet(source, *SHEET)
+        how = THREADS, config.data.patience
+        lines = inspect(source, text.tokenizer.count, text.length, size, bad, shapes, OPENED, *how, say).lines()
+        image = contact_sheet(source, *SHEET, *how)
     if image:
         with writable(sheet.parent):
             image.save(sheet)

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dit_jax.data.ahead import gathered
+from dit_jax.data.ahead import in_threads
 from dit_jax.data.sources.records import BadRecord, Source
 
 WIDEST = 2.0  # largest ratio of two sides
 
-BLOCK = 256  # records that a thread looks at in one go
+BLOCK = 64  # records that a thread looks at in one go
 
 
 def shapes(image_size: int, unit: int, limit: int) -> tuple[tuple[int, int], ...]:
@@ -62,8 +62,17 @@ def assign(sizes: np.ndarray, shapes: Sequence[tuple[int, int]]) -> np.ndarray:
     return np.searchsorted((centres[1:] + centres[:-1]) / 2, ratios).astype(np.uint8)
 
 
-def sizes_of(source: Source, threads: int) -> np.ndarray:
-    """Height and width of every picture, int32 ``[n, 2]``; (0, 0) where a record is bad."""
+def sizes_of(source: Source, threads: int, patience: float) -> np.ndarray:
+    """Height and width of every picture, int32 ``[n, 2]``; (0, 0) where a record is bad.
+
+    Args:
+      source: the records.
+      threads: that read; 0 reads here.
+      patience: seconds to wait for a few of them, 0 for ever.
+
+    Raises:
+      DataError: nothing came.
+    """
 
     def look(block: int) -> np.ndarray:
         found = np.zeros((min(BLOCK, len(source) - block * BLOCK), 2), np.int32)
@@ -72,5 +81,7 @@ def sizes_of(source: Source, threads: int) -> np.ndarray:
                 found[row] = source.size(block * BLOCK + row)
         return found
 
-    blocks = gathered(look, 0, -(-len(source) // BLOCK), threads)
+    blocks = in_threads(
+        look, range(-(-len(source) // BLOCK)), threads, 2 * threads, patience, f"reading sizes of {source.name}"
+    )
     return np.concatenate([np.zeros((0, 2), np.int32), *blocks])

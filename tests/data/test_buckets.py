@@ -1,5 +1,6 @@
 """Shapes of about one area for pictures of every aspect ratio."""
 
+import threading
 import time
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from dit_jax.data.buckets import WIDEST, assign, shapes, sizes_of
 from dit_jax.data.sources.records import BadRecord
+from dit_jax.errors import DataError
 
 CASES = [
     (256, 16, 9),
@@ -98,6 +100,20 @@ class Sized:
 def test_sizes_are_read_by_threads(count, threads):
     rows = np.arange(count)
     expected = np.where((rows % 7 == 0)[:, None], 0, np.stack([rows + 2, np.full_like(rows, 10)], axis=1))
-    found = sizes_of(Sized(count), threads)
+    found = sizes_of(Sized(count), threads, 60)
     assert found.dtype == np.int32
     np.testing.assert_array_equal(found, expected)
+
+
+def test_a_size_that_never_comes_ends_in_one_error():
+    released = threading.Event()
+
+    class Silent(Sized):
+        def size(self, index):
+            if index == 700:
+                released.wait()
+            return super().size(index)
+
+    with pytest.raises(DataError, match=r"^reading sizes of sized: nothing came for 0\.5 seconds.*data\.patience"):
+        sizes_of(Silent(1000), 2, 0.5)
+    released.set()

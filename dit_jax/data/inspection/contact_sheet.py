@@ -6,16 +6,18 @@ counted, so a cell may read ``a [red heart] on [4 CJK characters]``.
 """
 
 import bisect
+import contextlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.ImageFont import FreeTypeFont
 
+from dit_jax.data.ahead import in_threads
 from dit_jax.data.sources.records import BadRecord, Record, Source
 
 # In pixels.
@@ -32,15 +34,20 @@ SHOWN = r" -~©«°±´·»‘’“”‹›⁄™"  # what the font has: a ran
 LATIN = str.maketrans({"ß": "ss", "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L"})
 
 
-def contact_sheet(source: Source, columns: int, rows: int) -> Image.Image:
+def contact_sheet(source: Source, columns: int, rows: int, threads: int, patience: float) -> Image.Image:
     """A sheet of usable records, evenly spaced over a source, the same on every call.
 
     Args:
       source: any; of a small one every record is shown once.
       columns: cells beside each other.
       rows: of cells, at most.
+      threads: that read; 0 reads here.
+      patience: seconds to wait for a record, 0 for ever.
+
+    Raises:
+      DataError: nothing came, or the disk fails.
     """
-    records = list(_usable(source, columns * rows))
+    records = _usable(source, columns * rows, threads, patience)
     return lay_out(f"{source.name}: {len(records):,} of {len(source):,} records", records, columns)
 
 
@@ -74,16 +81,20 @@ def spread(count: int, total: int) -> np.ndarray:
     return (2 * np.arange(count, dtype=np.int64) + 1) * total // (2 * max(1, count))
 
 
-def _usable(source: Source, count: int) -> Iterator[Record]:
+def _usable(source: Source, count: int, threads: int, patience: float) -> list[Record]:
     """At most ``count`` records; in the place of a bad one stands the next of its share of the source."""
+
+    def first_good(share: range) -> Record | None:
+        for index in share:
+            with contextlib.suppress(BadRecord):
+                return source[index]
+        return None
+
     starts = spread(count, len(source)).tolist()
-    for start, end in zip(starts, [*starts[1:], len(source)], strict=True):
-        for index in range(start, min(end, start + TRIES)):
-            try:
-                yield source[index]
-                break
-            except BadRecord:
-                pass
+    ends = [*starts[1:], len(source)]
+    shares = [range(start, min(end, start + TRIES)) for start, end in zip(starts, ends, strict=True)]
+    found = in_threads(first_good, shares, threads, count, patience, f"reading {source.name}")
+    return [record for record in found if record]
 
 
 # --- a cell -------------------------------------------------------------------------------------------------

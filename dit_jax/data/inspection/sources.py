@@ -12,12 +12,12 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
+from dit_jax.data.ahead import in_threads
 from dit_jax.data.bad_records import too_many
 from dit_jax.data.buckets import assign
 from dit_jax.data.inspection.contact_sheet import spread
@@ -281,6 +281,7 @@ def inspect(
     shapes: tuple[tuple[int, int], ...],
     limit: int,
     threads: int,
+    patience: float,
     said: Say,
 ) -> Report:
     """Looks at a whole set.
@@ -294,10 +295,11 @@ def inspect(
       shapes: height and width of the buckets, from the tallest to the widest; of one or none nothing is told.
       limit: of a larger set only so many pictures are opened.
       threads: that open pictures.
+      patience: seconds to wait for a picture, 0 for ever.
       said: told from time to time how far it is.
 
     Raises:
-      DataError: the source holds no records, or its disk fails.
+      DataError: the source holds no records, its disk fails, or nothing comes from it.
     """
     records = len(source)
     if not records:
@@ -306,7 +308,7 @@ def inspect(
     captions = _look_at_captions(source, count_tokens, text_length, progress)
     repeated, repeated_ids = _repeated_ids(source)
     indices = spread(limit, records)
-    sizes, troubles = _open(source, indices, threads, progress)
+    sizes, troubles = _open(source, indices, threads, patience, progress)
     pictures = _look_at_sizes(sizes, image_size, shapes if len(shapes) > 1 else ()) if len(sizes) else None
     return Report(
         source.name,
@@ -398,7 +400,7 @@ def _repeats(hashes: array) -> np.ndarray:
 
 
 def _open(
-    source: Source, indices: np.ndarray, threads: int, progress: Progress
+    source: Source, indices: np.ndarray, threads: int, patience: float, progress: Progress
 ) -> tuple[np.ndarray, tuple[Trouble, ...]]:
     """Height and width of the usable pictures, int32 ``[n, 2]``, and the troubles of the others."""
 
@@ -409,13 +411,9 @@ def _open(
             return error
         return height, width
 
-    def every() -> Iterator[tuple[int, int] | BadRecord]:
-        with ThreadPoolExecutor(threads) as pool:
-            for begin in range(0, len(indices), CHUNK):  # `map` takes all of its arguments at once
-                yield from pool.map(look, indices[begin : begin + CHUNK].tolist())
-
+    opened = in_threads(look, indices.tolist(), threads, CHUNK, patience, f"opening pictures of {source.name}")
     sizes, tally = array("i"), Tally()
-    for found in progress.over(every(), len(indices), "pictures opened"):
+    for found in progress.over(opened, len(indices), "pictures opened"):
         if isinstance(found, BadRecord):
             tally.add(found.id, found.reason)
         else:

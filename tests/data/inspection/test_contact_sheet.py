@@ -1,5 +1,7 @@
 """A contact sheet shows whole pictures and their captions, whatever those are."""
 
+import threading
+
 import numpy as np
 import pytest
 from PIL import Image, ImageFont
@@ -17,6 +19,7 @@ from dit_jax.data.inspection.contact_sheet import (
 )
 from dit_jax.data.shapes_world import ShapesWorld
 from dit_jax.data.sources.records import BadRecord, Record
+from dit_jax.errors import DataError
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 OVERHANG = 2  # pixels of a letter outside its place
@@ -61,6 +64,10 @@ class Given:
         return Record(plain(8, 8, (index % 256, 0, 0)), ("x",), str(index))
 
 
+def make_sheet(source, columns, rows):
+    return contact_sheet(source, columns, rows, 2, 60)
+
+
 def shown(sheet, columns):
     """Red of the middle of each cell in the first row; None where nothing is."""
     cells = cells_of(sheet, columns, top_of(sheet))
@@ -97,20 +104,34 @@ def test_the_sheet_has_the_asked_columns_and_as_many_rows_as_are_needed():
 
 def test_records_are_evenly_spaced_and_the_same_on_every_call():
     source = Given(240)
-    assert shown(contact_sheet(source, 4, 1), 4) == [30, 90, 150, 210]
+    assert shown(make_sheet(source, 4, 1), 4) == [30, 90, 150, 210]
     world = ShapesWorld(0, 100, (1, 2), "seen")
-    assert contact_sheet(world, 3, 2).tobytes() == contact_sheet(world, 3, 2).tobytes()
+    assert make_sheet(world, 3, 2).tobytes() == make_sheet(world, 3, 2).tobytes()
 
 
 def test_a_bad_record_is_replaced_by_the_next_one_and_never_shown_twice():
-    assert shown(contact_sheet(Given(240, bad=[90, 91]), 4, 1), 4) == [30, 92, 150, 210]
-    assert shown(contact_sheet(Given(4, bad=[1]), 4, 1), 4) == [0, 2, 3, None]
-    assert shown(contact_sheet(Given(3), 4, 2), 4) == [0, 1, 2, None]
+    assert shown(make_sheet(Given(240, bad=[90, 91]), 4, 1), 4) == [30, 92, 150, 210]
+    assert shown(make_sheet(Given(4, bad=[1]), 4, 1), 4) == [0, 2, 3, None]
+    assert shown(make_sheet(Given(3), 4, 2), 4) == [0, 1, 2, None]
 
 
 def test_a_source_without_a_usable_record_gives_a_sheet_with_a_title_alone():
-    sheet = contact_sheet(Given(9, bad=range(9)), 2, 2)
+    sheet = make_sheet(Given(9, bad=range(9)), 2, 2)
     assert (np.asarray(sheet) < 128).any() and sheet.height < SIDE
+
+
+def test_a_record_that_never_comes_ends_in_one_error():
+    released = threading.Event()
+
+    class Silent(Given):
+        def __getitem__(self, index):
+            if index == 5:
+                released.wait()
+            return super().__getitem__(index)
+
+    with pytest.raises(DataError, match=r"^reading given: nothing came for 0\.5 seconds"):
+        contact_sheet(Silent(9), 3, 3, 2, 0.5)
+    released.set()
 
 
 @pytest.mark.parametrize(("count", "total"), [(1, 1), (3, 3), (9, 4), (4, 9), (48, 10_000_000), (7, 8), (5, 0)])

@@ -3,6 +3,12 @@
 import io
 import itertools
 import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +19,8 @@ from dit_jax.data.shapes_world import ShapesWorld
 from dit_jax.data.sources.folder import Folder
 from dit_jax.data.sources.records import BadRecord, Record
 from dit_jax.errors import DataError
+
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 class Given:
@@ -46,8 +54,10 @@ def count_words(captions):
     return np.array([len(caption.split()) + 2 for caption in captions])
 
 
-def look(source, *, text_length=77, image_size=8, max_bad_fraction=0.01, shapes=(), limit=1000, said=print):
-    return inspect(source, count_words, text_length, image_size, max_bad_fraction, shapes, limit, 2, said)
+def look(
+    source, *, text_length=77, image_size=8, max_bad_fraction=0.01, shapes=(), limit=1000, patience=60, said=print
+):
+    return inspect(source, count_words, text_length, image_size, max_bad_fraction, shapes, limit, 2, patience, said)
 
 
 def told(report, what):
@@ -90,7 +100,7 @@ def test_the_words_that_are_lost_are_shown_of_the_first_long_caption():
 
 def test_a_caption_without_spaces_loses_its_last_characters():
     source = Given([(8, 8)], [("一个蓝色的正方形",)])
-    report = inspect(source, lambda texts: np.array([len(t) + 2 for t in texts]), 7, 8, 0.01, (), 9, 1, print)
+    report = inspect(source, lambda texts: np.array([len(t) + 2 for t in texts]), 7, 8, 0.01, (), 9, 1, 60, print)
     assert report.captions.lost == "正方形"
 
 
@@ -273,6 +283,66 @@ def test_a_failing_disk_ends_the_inspection():
 
     with pytest.raises(DataError, match="Input/output"):
         look(Failing([(8, 8)] * 3))
+
+
+def test_a_picture_that_never_comes_ends_in_one_error():
+    released = threading.Event()
+
+    class Silent(Given):
+        def __getitem__(self, index):
+            if index == 3:
+                released.wait()
+            return super().__getitem__(index)
+
+    with pytest.raises(DataError, match=r"^opening pictures of given: nothing came for 0\.5 seconds"):
+        look(Silent([(8, 8)] * 9), patience=0.5)
+    released.set()
+
+
+NEVER = """
+import time
+from dit_jax.data.buckets import sizes_of
+from dit_jax.data.inspection.contact_sheet import contact_sheet
+from dit_jax.data.inspection.sources import inspect
+
+class Silent:
+    name = "silent"
+    def __len__(self):
+        return 1
+    def __getitem__(self, index):
+        print("reading", flush=True)
+        time.sleep(1000)
+    size = __getitem__
+    def ids(self):
+        return ["a"]
+    def captions(self):
+        return [("a cat",)]
+
+{look}
+"""
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        "sizes_of(Silent(), 2, 0)",
+        "contact_sheet(Silent(), 1, 1, 2, 0)",
+        "inspect(Silent(), lambda texts: [3] * len(texts), 77, 8, 0.01, (), 9, 2, 0, print)",
+    ],
+)
+def test_ctrl_c_ends_a_program_that_waits_for_ever(look):
+    program = [sys.executable, "-c", NEVER.format(look=look)]
+    with subprocess.Popen(
+        program, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout.readline() == "reading\n"
+        time.sleep(0.5)  # until the main thread waits: a signal on its way there is seen when the wait ends
+        running.send_signal(signal.SIGINT)
+        try:
+            errors = running.communicate(timeout=10)[1]
+        finally:
+            running.kill()
+    assert errors.rstrip().endswith("KeyboardInterrupt")
 
 
 # --- words
