@@ -26,6 +26,10 @@ class Folder(Files):
     leave it; links to files are followed, since download caches are made of them, links to folders are not searched
     for pairs.
 
+    Pairs are for as many pictures as one looks through by hand: to open them all names are listed and sorted and each
+    caption file is read, which for millions takes minutes, and on a network disk far longer. There ``metadata.jsonl``,
+    one file read from end to end, tar shards (``wds:``) or a cache is the way.
+
     Raises:
       DataError: no such folder, no captions in it, or not one usable row.
     """
@@ -60,13 +64,14 @@ def _inside(entry: Entry) -> Entry:
 
 def _paired_rows(folder: Path, looked_for: tuple[str, ...]) -> Rows:
     """Pairs of picture and text, sorted by name; hidden files and folders are no data."""
-    names = []
+    names: list[str] = []
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         pictures = [f for f in files if f.lower().endswith(PICTURE_SUFFIXES) and not f.startswith(".")]
-        below = os.path.relpath(root, folder)
-        names += [os.path.normpath(os.path.join(below, picture)) for picture in pictures]
-    rows = Rows(_paired_entries(folder, sorted(names)))
+        below = os.path.relpath(root, folder) if root != str(folder) else ""
+        names += [os.path.join(below, picture) for picture in pictures]
+    names.sort()
+    rows = Rows(_paired_entries(folder, names))
     if len(rows.problems) == len(rows):
         nested = sorted(path.parent for name in looked_for for path in folder.glob(f"*/{name}"))
         advice = 'write a line {"file_name": "cat.jpg", "text": "a cat"} per picture into metadata.jsonl'
@@ -81,6 +86,6 @@ def _paired_rows(folder: Path, looked_for: tuple[str, ...]) -> Rows:
 
 def _paired_entries(folder: Path, names: list[str]) -> Iterator[Entry]:
     for name in names:
-        caption_file = (folder / name).with_suffix(".txt")
-        caption = read_text(caption_file) if caption_file.is_file() else None
+        caption_file = os.path.join(folder, f"{os.path.splitext(name)[0]}.txt")
+        caption = read_text(caption_file) if os.path.isfile(caption_file) else None
         yield make_row({"file_name": name, "text": caption}, name, USUAL)

@@ -173,14 +173,14 @@ def load_json(file: Path) -> Any:
         raise DataError(f"{file} is not JSON: {error}") from error
 
 
-def read_text(file: Path) -> str:
+def read_text(file: str | Path) -> str:
     """Reads a small text file."""
-    with _read_errors(file):
-        return file.read_bytes().decode("utf-8-sig", "surrogateescape")
+    with _read_errors(file), open(file, "rb") as opened:
+        return opened.read().decode("utf-8-sig", "surrogateescape")
 
 
 @contextlib.contextmanager
-def _read_errors(file: Path) -> Iterator[None]:
+def _read_errors(file: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -79,6 +79,14 @@ def test_hidden_files_are_no_data(pictures):
     assert list(Folder(pictures).ids()) == sorted(CAPTIONS)
 
 
+def test_ids_of_pairs_do_not_depend_on_how_the_folder_is_written(pictures, monkeypatch):
+    write_pairs(pictures, CAPTIONS)
+    monkeypatch.chdir(pictures)
+    for path in (".", "./", "sub/..", f"../{pictures.name}", pictures):
+        assert list(Folder(path).ids()) == sorted(CAPTIONS)
+        assert Folder(path).fingerprint() == Folder(pictures).fingerprint()
+
+
 def test_captions_are_read_as_one_line_in_any_language(pictures):
     write_pairs(pictures, {"a.png": "  a red\n square ", "b.png": "一个蓝色的\u2028正方形", "sub/c.png": "x"})
     assert list(Folder(pictures).captions())[:2] == [("a red square",), ("一个蓝色的 正方形",)]
