@@ -8,8 +8,8 @@ from typing import Any
 
 from dit_jax.data.cache.files import BAD_RECORDS, GO_ON, MANIFEST, TABLE, read_manifest, verify
 from dit_jax.data.cache.parts import units
-from dit_jax.data.inspection.sources import Progress, fit, share_of
 from dit_jax.data.inspection.troubles import Tally, Trouble, enumerate_ids, trouble_lines
+from dit_jax.data.inspection.words import Progress, fit, share_of
 from dit_jax.errors import DataError
 
 MIB = 2**20

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_jax.data.inspection.sources import inspect, printable
+from dit_jax.data.inspection.sources import inspect
+from dit_jax.data.inspection.words import printable
 from dit_jax.data.shapes_world import ShapesWorld
 from dit_jax.data.sources.folder import Folder
 from dit_jax.data.sources.records import BadRecord, Record
@@ -110,20 +111,6 @@ def test_captions_that_speak_of_sides_are_counted():
     assert report.captions.of_sides == 2
     assert "mirrors no picture" in told(report, "sides")[0] and "2 of 4 captions" in told(report, "sides")[0]
     assert "mirrors half" in told(look(Given([(8, 8)], [("bright",)])), "sides")[0]
-
-
-def test_captions_in_other_scripts_are_counted():
-    captions = ["a café – “so” …", "Łódź 😀 → ½", "红色", "a красный circle", "ひらがな", "κύκλος", "한국어", "दायरा"]
-    assert look(Given([(8, 8)] * 8, [(caption,) for caption in captions])).captions.foreign == 6
-
-
-def test_ids_that_stand_for_several_records_are_named():
-    report = look(Given([(8, 8)] * 6, ids=["a", "b", "a", "c", "b", "a"]))
-    assert report.repeated == 2 and report.repeated_ids == ("a", "b")
-    assert told(report, "ids") == ["  ids        2 of them stand for several records: a, b"]
-    many = look(Given([(8, 8)] * 20, ids=[str(i % 10) for i in range(20)]))
-    assert many.repeated == 10 and len(set(many.repeated_ids)) == 3
-    assert not told(look(Given([(8, 8)] * 2)), "ids")
 
 
 # --- pictures
