@@ -69,7 +69,8 @@ def encode_units(encoding: Encoding, wanted: Sequence[Unit], told: Told) -> Iter
         height, width = encoding.identity["buckets"][bucket]
         most = 1 << max(1, CHUNK_PIXELS // (height * width)).bit_length() - 1  # a power of two
         size = math.gcd(encoding.identity["records_per_shard"], most)
-        indices = np.concatenate([unit.records(encoding.table) for unit in together])
+        records = np.flatnonzero(encoding.table.bucket == bucket)  # once: a set can have thousands of shards
+        indices = np.concatenate([records[unit.first : unit.last] for unit in together])
         how = encoding.threads, encoding.workers, encoding.patience
         stream = scan(encoding.source, indices, height, width, size, *how)
         with contextlib.closing(stream):
