@@ -210,11 +210,11 @@ def inspect(config: ConfigDict, sheet: Path) -> None:
         how = THREADS, config.data.patience
         lines = inspect(source, text.tokenizer.count, text.length, size, bad, shapes, OPENED, *how, say).lines()
         image = contact_sheet(source, *SHEET, *how)
+    say("\n".join(lines))
     if image:
         with writable(sheet.parent):
-            image.save(sheet)
-        lines.append(f"contact sheet: {sheet}")
-    say("\n".join(lines))
+            image.save(sheet, format="PNG")
+        say(f"contact sheet: {sheet}")
 
 
 def decoded(config: ConfigDict, cache: "Cache") -> "Iterator[Record]":
