@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -53,7 +53,8 @@ def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shar
 
     Raises:
       ConfigError: values that cannot be.
-      DataError: a data set that cannot be read, or a folder that holds something else.
+      DataError: a data set that cannot be read or has too many bad records, whoever found them, or a folder that holds
+        something else.
       WorkdirError: the folder cannot be written to, or its disk is too small.
     """
     from dit_jax import build
@@ -68,12 +69,20 @@ def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shar
     identity, table = encoding.identity, encoding.table
     pictures, captions = len(table.bucket), len(table.captions)
     say(f"data: {encoding.source.name}, {pictures:,} pictures, {captions:,} distinct captions -> {output}")
-    bad_records = build.make_bad_records(config, None, pictures)
     every_unit = units(identity)
     mine = every_unit[part::parts]
     with writable(output):
         files.begin(output, identity, table)
         missing = set(files.missing(output, identity))
+        bad_records = build.make_bad_records(config, output / files.BAD_RECORDS, pictures)
+
+    def note_written(some: "Iterable[Unit]") -> None:
+        for unit in some:
+            if unit.kind == "pictures":
+                with writable(output):
+                    note_problems(bad_records, table, unit, files.written_pictures(output, identity, unit))
+
+    note_written(unit for unit in every_unit if unit not in missing)
     left = [unit for unit in mine if unit in missing]
     whose = f"part {part} of {parts}: " if parts > 1 else ""
     say(f"{whose}{len(left)} of {len(mine)} files to make")
@@ -84,8 +93,8 @@ def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shar
         begin = time.monotonic()
         with closing(EncodingCounter(left, SAY_EVERY)) as counter:
             for unit, shard in encode_units(encoding, left, counter.told):
-                note_problems(bad_records, table, unit, shard)
                 with writable(output):
+                    note_problems(bad_records, table, unit, shard)
                     files.write(output, identity, unit, shard)
                 del shard  # before the next one is made
         say(f"encoded {sum(map(len, left)):,} pictures and captions in {duration(time.monotonic() - begin)}")
@@ -94,6 +103,7 @@ def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shar
     if others := files.missing(output, identity):
         say(f"{len(others)} of {len(every_unit)} files are missing still; the other parts make them")
         return
+    note_written(every_unit)  # those of the other parts, too
     with writable(output):
         manifest = files.finish(output, identity, say_hashed())
     size = sum(known["bytes"] for known in manifest["shards"].values())

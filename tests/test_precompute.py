@@ -1,5 +1,6 @@
 """A cache is what its raw pictures are, whoever made it in how many pieces; and it is never taken for another."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from dit_jax import precompute
+from dit_jax.data.cache import files
 from dit_jax.data.cache.files import open_cache
 from dit_jax.encoders.places import ASSETS
 from dit_jax.errors import ConfigError, DataError, WorkdirError
@@ -214,6 +216,41 @@ def test_too_many_bad_records_stop_the_work_and_a_run(tmp_path):
     cache = make(tmp_path / "cache", data__source=source, data__max_bad_fraction="0.5")
     with pytest.raises(DataError, match="4 of 12 records are bad, more than data.max_bad_fraction=0.01 allows"):
         train_tiny(tmp_path / "run", data__source=f"cache:{cache}")
+
+
+def test_bad_records_of_files_that_are_there_count_whoever_made_them(tmp_path):
+    """Two bad records in each of two files: one file is borne, both are not, also by the part that finishes."""
+    source = draw_noise(tmp_path / "pictures", [SQUARE] * 12, bad=(0, 1, 10, 11))
+    few = {"data__source": source, "data__max_bad_fraction": "0.25"}
+    for name, parts in (("again", [(0, 1), (0, 1)]), ("parts", [(1, 2), (0, 2), (1, 2)])):
+        cache = tmp_path / name
+        for part in parts:
+            with contextlib.suppress(DataError):
+                make(cache, *part, per_file=4, **few)
+        with pytest.raises(DataError, match=r"4 of 12 records are bad.*all so far in .*bad_records\.jsonl"):
+            make(cache, per_file=4, **few)
+        assert len((cache / "bad_records.jsonl").read_text().splitlines()) == 4
+        assert not (cache / "manifest.json").exists()
+        make(cache, per_file=4, **few | {"data__max_bad_fraction": "0.5"})
+    assert content(tmp_path / "again") == content(tmp_path / "parts")
+
+
+def test_parts_that_bear_their_own_bad_records_do_not_finish_a_cache_with_too_many(tmp_path, monkeypatch):
+    """Both begin before either has written anything."""
+    source = draw_noise(tmp_path / "pictures", [SQUARE] * 12, bad=(0, 1, 10, 11))
+    few = {"data__source": source, "data__max_bad_fraction": "0.25"}
+    missing = files.missing
+
+    def and_meanwhile(folder, identity):
+        monkeypatch.setattr(files, "missing", missing)
+        found = missing(folder, identity)
+        make(folder, 1, 2, per_file=6, **few)
+        return found
+
+    monkeypatch.setattr(files, "missing", and_meanwhile)
+    with pytest.raises(DataError, match="4 of 12 records are bad"):
+        make(tmp_path / "cache", 0, 2, per_file=6, **few)
+    assert not (tmp_path / "cache" / "manifest.json").exists()
 
 
 # --- wrong words and small disks ----------------------------------------------------------------------------

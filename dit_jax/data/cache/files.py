@@ -4,7 +4,7 @@
     table.safetensors                       dit_jax.data.cache.parts.Table
     pictures-00000-of-00010.safetensors     Pictures: moments, bad; notes: problems, sums for the statistics
     texts-00000-of-00003.safetensors        Texts: hidden, offsets, pooled
-    bad_records.jsonl                       {"id", "reason"} of every record that cannot be used
+    bad_records.jsonl                       {"id", "reason"} of every record that cannot be used; before, those so far
     manifest.json                           the identity, statistics, sizes and sha256 of the files; it comes last
 
 Which shards there are, and what is in each, follows from the identity and the table, so that processes need not talk
@@ -107,6 +107,16 @@ def write(folder: Path, identity: Identity, unit: Unit, shard: Pictures | Texts)
         tensors, notes = shard._asdict(), {}
     notes["of"] = _digest(identity, unit.name)
     _write_whole(folder / unit.name, lambda file: write_tensors(file, tensors, notes))
+
+
+def written_pictures(folder: Path, identity: Identity, unit: Unit) -> Pictures:
+    """A shard of pictures that is there, with what is wrong with its records.
+
+    Raises:
+      DataError: it is not there, or damaged.
+    """
+    found = _open_shard(folder, identity, unit)
+    return Pictures(**found.tensors, problems=dict(found.notes["problems"]))
 
 
 def _notes(shard: Pictures, unit: Unit) -> dict[str, Any]:
