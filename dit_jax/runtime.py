@@ -79,7 +79,10 @@ def run_program(main: Callable[[], None], show_traceback: bool, less_memory: str
     except UserError as error:
         _end(f"{error.kind}: {error}", error.exit_code, show_traceback)
     except KeyboardInterrupt:
-        _end("interrupted", INTERRUPTED, show_traceback)
+        _say_end("interrupted", show_traceback)
+        sys.stdout.flush()
+        # all that was open is closed; threads of XLA, which may compile still, must not see the process taken apart
+        os._exit(INTERRUPTED)
     except Exception as error:
         said = str(error)
         if any(sign in said for sign in DISK_FULL):
@@ -101,10 +104,14 @@ def writable(folder: Path) -> Iterator[None]:
 
 
 def _end(line: str, code: int, show_traceback: bool) -> None:
+    _say_end(line, show_traceback)
+    sys.exit(code)
+
+
+def _say_end(line: str, show_traceback: bool) -> None:
     if show_traceback:
         traceback.print_exc()
-    print(line, file=sys.stderr)
-    sys.exit(code)
+    print(line, file=sys.stderr, flush=True)
 
 
 def set_up(allow_cpu: bool, verbose: bool) -> None:
