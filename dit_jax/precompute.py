@@ -25,7 +25,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dit_jax.config import load_config
-from dit_jax.errors import ConfigError, WorkdirError
+from dit_jax.errors import ConfigError, DataError, WorkdirError
 from dit_jax.runtime import add_flags, path_of, read_overrides, run_program, set_up, writable
 
 if TYPE_CHECKING:
@@ -193,6 +193,10 @@ def inspect(config: ConfigDict, sheet: Path) -> None:
     Args:
       config: as `dit_jax.config.load_config` returns it; captions are counted in tokens of its text encoder.
       sheet: the PNG file.
+
+    Raises:
+      ConfigError: values that cannot be.
+      DataError: a data set that cannot be read, or a cache that is damaged; after all has been said.
     """
     from dit_jax import build
     from dit_jax.data.cache.files import open_cache
@@ -205,11 +209,11 @@ def inspect(config: ConfigDict, sheet: Path) -> None:
     caches = [part.place for part in parse(config.data.source) if part.kind == "cache"]
     if len(caches) > 1:
         raise ConfigError(f"--inspect={config.data.source}: look at one cache at a time")
-    image = None
+    image, damaged = None, tuple[str, ...]()
     if caches:
-        found = inspect_cache(path_of(caches[0]), say)
-        lines = found.lines()
-        if not found.damaged:
+        found = inspect_cache(path_of(caches[0]), config.data.max_bad_fraction, say)
+        lines, damaged = found.lines(), found.damaged
+        if not damaged:
             title = f"cache:{caches[0]}, decoded from its latents"
             image = lay_out(title, decoded(config, open_cache(path_of(caches[0]))), SHEET[0])
     else:
@@ -225,6 +229,10 @@ def inspect(config: ConfigDict, sheet: Path) -> None:
         with writable(sheet.parent):
             image.save(sheet, format="PNG")
         say(f"contact sheet: {sheet}")
+    if damaged:
+        raise DataError(
+            f"{config.data.source} is damaged, as said above; files: {len(damaged)}, the first {damaged[0]}"
+        )
 
 
 def decoded(config: ConfigDict, cache: "Cache") -> "Iterator[Record]":

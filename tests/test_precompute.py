@@ -316,6 +316,15 @@ def test_inspecting_a_set_and_its_cache_writes_nothing_but_a_sheet(cache, tmp_pa
     assert content(cache) == before
 
 
+def test_inspecting_a_damaged_cache_tells_all_of_it_and_fails(cache, tmp_path):
+    folder = shutil.copytree(cache, tmp_path / "copy")
+    shard = folder / "pictures-00003-of-00006.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + bytes([shard.read_bytes()[-1] ^ 1]))
+    done = run(f"--config={CONFIG}", f"--inspect=cache:{folder}", f"--sheet={tmp_path / 'sheet.png'}")
+    assert done.returncode == 3 and done.stderr.startswith("data error: ") and shard.name in done.stderr
+    assert "1 of 13 files (7.7%) are damaged or absent" in done.stdout and "28 records" in done.stdout
+
+
 def test_the_records_of_a_cache_are_decoded_as_they_were(cache):
     config = tiny_config(data__source=f"cache:{cache}")
     shown = list(precompute.decoded(config, open_cache(cache)))

@@ -17,7 +17,6 @@ import contextlib
 import hashlib
 import json
 import os
-import resource
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,10 +36,18 @@ from dit_jax.data.cache.parts import (
     Unit,
     differences,
     flat,
+    impossible,
     moments_shape,
     units,
 )
-from dit_jax.data.cache.tensor_files import Layout, TensorFile, open_tensors, write_tensors
+from dit_jax.data.cache.tensor_files import (
+    Layout,
+    TensorFile,
+    UnreadableError,
+    open_tensors,
+    readable,
+    write_tensors,
+)
 from dit_jax.data.sources.rows import Strings
 from dit_jax.errors import DataError
 
@@ -223,12 +230,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
       DataError: there is none: no cache at all, an unfinished one, one of a newer release, or it is damaged.
     """
-    if (folder / MANIFEST).exists():
+    with readable(folder):
+        finished, begun = (folder / MANIFEST).exists(), (folder / BEGUN).exists()
+    if finished:
         return _read(folder / MANIFEST)
-    if (folder / BEGUN).exists():
+    if begun:
         identity = _read(folder / BEGUN)
         left, total = len(missing(folder, identity)), len(units(identity))
-        raise DataError(f"{folder} is an unfinished cache, {left} of {total} shards are missing; {GO_ON}")
+        raise DataError(f"{folder} is an unfinished cache, {left} of {total} files are missing; {GO_ON}")
     raise DataError(f"{folder} holds no cache" if folder.is_dir() else f"there is no cache {folder}")
 
 
@@ -275,7 +284,7 @@ def _hash(paths: list[Path], say: Say) -> Iterator[tuple[Path, str]]:
     """Each file with its sha256; several are read at a time."""
 
     def sha256(path: Path) -> str:
-        with path.open("rb") as file:
+        with readable(path), path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     total, done = sum(path.stat().st_size for path in paths), 0
@@ -339,18 +348,24 @@ def _open_shard(folder: Path, identity: Identity, unit: Unit) -> TensorFile:
 def _open(path: Path, layout: Layout, identity: Identity) -> TensorFile:
     try:
         found = open_tensors(path, layout)
+    except UnreadableError:
+        raise
     except DataError as error:
-        raise DataError(f"{error}; {AGAIN}") from error
+        raise DataError(f"{error}; {AGAIN if path.exists() else GO_ON}") from error
     if not isinstance(found.notes, dict) or found.notes.get("of") != _digest(identity, path.name):
         raise DataError(f"{path} belongs to another cache or another place in this one; {AGAIN}")
     return found
 
 
 def _is_whole(open_it: Callable[..., Any], *where: Any) -> bool:
-    with contextlib.suppress(DataError):
+    """Whether a file is there and not damaged; where the system fails to say, the error goes on."""
+    try:
         open_it(*where)
-        return True
-    return False
+    except UnreadableError:
+        raise
+    except DataError:
+        return False
+    return True
 
 
 def _longest(offsets: np.ndarray) -> int:
@@ -359,7 +374,14 @@ def _longest(offsets: np.ndarray) -> int:
 
 
 def _allow_open_files(count: int) -> None:
-    """Raise this process's limit of open files, often 1,024, as far as the system allows: mapped files count."""
+    """Raise this process's limit of open files, often 1,024, as far as the system allows: mapped files count.
+
+    Windows has no such limit, and no such module.
+    """
+    try:
+        import resource
+    except ImportError:
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + RESERVE
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -385,7 +407,8 @@ def _begun(folder: Path, identity: Identity) -> Identity | None:
 def _read(path: Path) -> dict[str, Any]:
     """An identity, or a manifest that begins with one, with all of its fields."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        with readable(path):
+            found = json.loads(path.read_text(encoding="utf-8"))
         fields = flat(found)
     except (ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is damaged: it holds no JSON object; {AGAIN}") from error
@@ -394,7 +417,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise DataError(f"{path.parent} has format {version}, and this release reads {FORMAT}; update dit_jax")
     expected = FIELDS | (ADDED_FIELDS if path.name == MANIFEST else {})
     fields |= found  # whole sections, too
-    if wrong := [name for name, kind in expected.items() if not isinstance(fields.get(name), kind)]:
+    wrong = [name for name, kind in expected.items() if not isinstance(fields.get(name), kind)]
+    if wrong := wrong or impossible(found):
         raise DataError(f"{path} is damaged: {', '.join(wrong)} cannot be; {AGAIN}")
     return found
 

@@ -56,6 +56,16 @@ FIELDS = {  # all of its fields, by dotted names, and their types
     "captions_per_shard": int,
 }
 
+COUNTS = (  # fields that are 1 or more
+    "vae.factor",
+    "vae.channels",
+    "text_encoder.length",
+    "text_encoder.width",
+    "text_encoder.pooled_width",
+    "records_per_shard",
+    "captions_per_shard",
+)
+
 HASH_BYTES = 16  # of a caption; among ten million, two share one with a probability of 1e-25
 
 
@@ -172,6 +182,20 @@ def flat(identity: Identity) -> dict[str, Any]:
         inner = flat(value) if isinstance(value, dict) else {"": value}
         fields |= {f"{name}.{rest}".rstrip("."): below for rest, below in inner.items()}
     return fields
+
+
+def impossible(identity: Identity) -> list[str]:
+    """Fields, of the right types, whose values no cache has: what is made of them would fail or be nonsense."""
+    fields = flat(identity)
+    possible = {
+        "data.records": all(type(count) is int and count >= 0 for count in fields["data.records"]),
+        "buckets": len(fields["buckets"]) == len(fields["data.records"])
+        and all(isinstance(shape, list) and len(shape) == 2 for shape in fields["buckets"])
+        and all(type(side) is int and side > 0 for shape in fields["buckets"] for side in shape),
+        "data.captions": fields["data.captions"] >= 0,
+        "storage_dtype": fields["storage_dtype"] in ("float16", "float32"),
+    } | {name: fields[name] > 0 for name in COUNTS}
+    return [name for name, it_is in possible.items() if not it_is]
 
 
 def mismatches(manifest: Identity, expected: dict[str, Any]) -> list[str]:

@@ -10,10 +10,12 @@ whole pages lie in as few pages as they can. Nothing in a file is believed befor
 hostile one ends in a `DataError`.
 """
 
+import contextlib
+import errno
 import json
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -37,6 +39,10 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA, NOTES = "__metadata__", "notes"
 
 Layout = Mapping[str, tuple[np.dtype, tuple[int | None, ...]]]  # name -> type and shape; None is any length
+
+
+class UnreadableError(DataError):
+    """The system does not let a file be read, which may be whole all the same."""
 
 
 class TensorFile(NamedTuple):
@@ -110,18 +116,33 @@ def open_tensors(path: Path, layout: Layout) -> TensorFile:
 
     Raises:
       DataError: there is no such file, it is damaged, or it holds other arrays.
+      UnreadableError: it cannot be told, because the system fails.
     """
     try:
-        with path.open("rb") as file:
+        with readable(path), path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # ValueError: an empty file
-        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is not there") from error
+    except ValueError as error:
+        raise DataError(f"{path} is empty") from error
     try:
         tensors, notes = _parse(mapped)
         _compare(tensors, layout)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {_words(error)}") from error
     return TensorFile(tensors, notes, mapped)
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """A file that is there and cannot be read ends in an `UnreadableError`; one that is not, in a FileNotFoundError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        more = "; `ulimit -n` raises how many" if error.errno == errno.EMFILE else ""
+        raise UnreadableError(f"{path} cannot be read: {error.strerror or error}{more}") from error
 
 
 def _parse(mapped: mmap.mmap) -> tuple[dict[str, np.ndarray], Any]:

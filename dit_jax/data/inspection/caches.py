@@ -8,7 +8,8 @@ from typing import Any
 
 from dit_jax.data.cache.files import BAD_RECORDS, GO_ON, MANIFEST, TABLE, read_manifest, verify
 from dit_jax.data.cache.parts import units
-from dit_jax.data.inspection.troubles import Tally, Trouble, enumerate_ids, trouble_lines
+from dit_jax.data.cache.tensor_files import readable
+from dit_jax.data.inspection.troubles import Tally, Trouble, bad_records_verdict, enumerate_ids, trouble_lines
 from dit_jax.data.inspection.words import Progress, fit, share_of
 from dit_jax.errors import DataError
 
@@ -25,6 +26,7 @@ class CacheReport:
       sizes: of its files, in bytes, those that are there.
       troubles: its bad records.
       damaged: files that are absent or not what they were when the cache was made.
+      max_bad_fraction: share of bad records that training bears.
     """
 
     folder: Path
@@ -32,6 +34,7 @@ class CacheReport:
     sizes: dict[str, int]
     troubles: tuple[Trouble, ...]
     damaged: tuple[str, ...]
+    max_bad_fraction: float
 
     @property
     def records(self) -> int:
@@ -79,7 +82,8 @@ class CacheReport:
             lines += [f"    {name:<24}{count:>10,}" for name, count in zip(shapes, data["records"], strict=True)]
         if self.troubles:
             bad = share_of(m["bad_records"], self.records, "records")
-            lines += [f"bad records: {bad}; training replaces them", *trouble_lines(self.troubles)]
+            verdict = bad_records_verdict(m["bad_records"], self.max_bad_fraction, self.records)
+            lines += [f"bad records: {bad}; {verdict}", *trouble_lines(self.troubles)]
         else:
             lines.append(f"bad records: none of {self.records:,}")
         if self.damaged:
@@ -91,11 +95,12 @@ class CacheReport:
         return fit(lines)
 
 
-def inspect_cache(folder: Path, said: Callable[[str], None]) -> CacheReport:
+def inspect_cache(folder: Path, max_bad_fraction: float, said: Callable[[str], None]) -> CacheReport:
     """Reads what a finished cache says of itself, and all of its bytes.
 
     Args:
       folder: of the cache.
+      max_bad_fraction: share of bad records that training bears.
       said: told from time to time how far it is.
 
     Raises:
@@ -103,16 +108,16 @@ def inspect_cache(folder: Path, said: Callable[[str], None]) -> CacheReport:
     """
     manifest, tally = read_manifest(folder), Tally()
     try:
-        with (folder / BAD_RECORDS).open(encoding="utf-8") as rows:
+        with readable(folder / BAD_RECORDS), (folder / BAD_RECORDS).open(encoding="utf-8") as rows:
             for row in map(json.loads, rows):
                 tally.add(row["id"], row["reason"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / BAD_RECORDS} is absent or damaged; delete {MANIFEST}: {GO_ON}") from error
     progress = Progress(said)
     names = [TABLE, *(unit.name for unit in units(manifest))]
     sizes = {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
     damaged = verify(folder, lambda done, total: progress.at(done, total, "bytes checked"))
-    return CacheReport(folder, manifest, sizes, tally.troubles(), tuple(damaged))
+    return CacheReport(folder, manifest, sizes, tally.troubles(), tuple(damaged), max_bad_fraction)
 
 
 def _numbers(values: list[float]) -> str:

@@ -6,11 +6,10 @@ sample, the same on every run. `Report` holds the figures, and its ``lines`` tel
 
 from dataclasses import dataclass
 
-from dit_jax.data.bad_records import too_many
 from dit_jax.data.inspection.captions import Captions, CountTokens, look_at_captions
 from dit_jax.data.inspection.contact_sheet import spread
 from dit_jax.data.inspection.pictures import Pictures, look_at_sizes, open_pictures
-from dit_jax.data.inspection.troubles import Trouble, trouble_lines
+from dit_jax.data.inspection.troubles import Trouble, bad_records_verdict, trouble_lines
 from dit_jax.data.inspection.words import Progress, Say, fit, share_of
 from dit_jax.data.sources.records import Source
 from dit_jax.errors import DataError
@@ -43,11 +42,6 @@ class Report:
         """Bad records among those that were opened."""
         return sum(trouble.count for trouble in self.troubles)
 
-    @property
-    def too_many_bad(self) -> bool:
-        """Whether training would stop because of them, if those not opened are as good as the others."""
-        return too_many(self.bad * self.records / self.opened, self.max_bad_fraction, self.records)
-
     def lines(self) -> list[str]:
         """All of it in words, on one screen."""
         whole = self.opened == self.records
@@ -66,9 +60,9 @@ class Report:
         if not self.bad:
             return [f"bad records: none of {self.opened:,}"]
         share = share_of(self.bad, self.opened, "opened")
-        verdict = "training would stop" if self.too_many_bad else "training replaces them"
-        lines = [f"bad records: {share}; {verdict} (data.max_bad_fraction={self.max_bad_fraction:g})"]
-        return [*lines, *trouble_lines(self.troubles)]
+        likely = self.bad * self.records / self.opened  # if those not opened are as good as the others
+        verdict = bad_records_verdict(likely, self.max_bad_fraction, self.records)
+        return [f"bad records: {share}; {verdict}", *trouble_lines(self.troubles)]
 
 
 def inspect(

@@ -4,6 +4,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
+from dit_jax.data.bad_records import too_many
+
 EXAMPLES = 3  # ids that are named of each kind of trouble
 KINDS = 10  # kinds of trouble that are told
 
@@ -50,6 +52,12 @@ def trouble_lines(troubles: tuple[Trouble, ...]) -> list[str]:
     if more := sum(trouble.count for trouble in troubles[KINDS:]):
         lines.append(f"  {more:>8,}   of {len(troubles) - KINDS:,} more kinds")
     return lines
+
+
+def bad_records_verdict(bad: float, max_bad_fraction: float, records: int) -> str:
+    """What training would do about so many bad records of a set."""
+    verdict = "training would stop" if too_many(bad, max_bad_fraction, records) else "training replaces them"
+    return f"{verdict} (data.max_bad_fraction={max_bad_fraction:g})"
 
 
 def enumerate_ids(ids: tuple[str, ...], count: int) -> str:

@@ -2,6 +2,7 @@
 however often the work was split, repeated or killed."""
 
 import copy
+import errno
 import functools
 import hashlib
 import json
@@ -611,7 +612,7 @@ def set_moments(**entries):
 
 DAMAGES = {
     "truncated": (lambda c: c[:-1], "does not lie at its bytes"),
-    "empty": (lambda c: b"", "cannot be read"),
+    "empty": (lambda c: b"", "is empty; delete it"),
     "a few bytes": (lambda c: c[:5], "its header would take"),
     "an endless header": (lambda c: b"\xff" * 8 + c[8:], "its header would take 18,446,744,073,709,551,615 bytes"),
     "a header past the end": (lambda c: len(c).to_bytes(8, "little") + c[8:], "its header would take"),
@@ -712,7 +713,7 @@ def test_a_shard_of_another_size_than_the_manifest_says_is_refused(copy_of_whole
         (lambda m: json.dumps({**m, "data": {**m["data"], "records": [10**12]}}), "damaged"),
         (lambda m: json.dumps({**m, "records_per_shard": 0}), "damaged"),
         (lambda m: json.dumps({**m, "buckets": [32]}), "damaged"),
-        (lambda m: json.dumps({**m, "storage_dtype": "object"}), "belongs to another cache"),
+        (lambda m: json.dumps({**m, "storage_dtype": "object"}), "storage_dtype cannot be"),
         (lambda m: json.dumps({**m, "shards": None}), "shards cannot be"),
         (lambda m: json.dumps({**m, "shards": {}}), "damaged"),
         (lambda m: json.dumps({**m, "vae": {**m["vae"], "sha256": "0" * 64}}), "belongs to another cache"),
@@ -724,6 +725,67 @@ def test_a_damaged_manifest_ends_in_one_line(change, said, copy_of_whole):
     with pytest.raises(DataError) as error:
         open_cache(copy_of_whole)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("", "records_per_shard", 0),
+        ("", "captions_per_shard", -1),
+        ("", "storage_dtype", "nonsense"),
+        ("", "buckets", [[32, 32], [16], [64, 16, 8]]),
+        ("", "buckets", [[32, 32]]),
+        ("data", "records", ["x", 1, 2]),
+        ("data", "captions", -1),
+        ("vae", "factor", 0),
+        ("vae", "channels", -3),
+        ("text_encoder", "width", 0),
+    ],
+)
+@pytest.mark.parametrize("begun", [True, False])
+def test_values_that_no_cache_has_end_in_one_line(section, field, value, begun, copy_of_whole):
+    """In `begun.json` as in the manifest, and whatever is done with it."""
+    manifest = json.loads((copy_of_whole / "manifest.json").read_text())
+    (manifest[section] if section else manifest)[field] = value
+    (copy_of_whole / "manifest.json").unlink()
+    name = "begun.json" if begun else "manifest.json"
+    (copy_of_whole / name).write_text(json.dumps(manifest))
+    made = made_once()
+    for act in (
+        open_cache,
+        lambda folder: verify(folder, quiet),
+        lambda folder: begin(folder, made.identity, made.table),
+    ):
+        with pytest.raises(DataError, match=rf"{name} is damaged: {f'{section}.' if section else ''}{field} cannot be"):
+            act(copy_of_whole)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.EIO, errno.ESTALE])
+def test_what_the_system_does_not_let_be_read_is_neither_damaged_nor_made_again(number, copy_of_whole, monkeypatch):
+    made, open_it = made_once(), Path.open
+    shard = units(made.identity)[1].name
+
+    def fail(path, *rest, **more):
+        if path.name == refused:
+            raise OSError(number, os.strerror(number))
+        return open_it(path, *rest, **more)
+
+    monkeypatch.setattr(Path, "open", fail)
+    acts = {
+        shard: [
+            open_cache,
+            lambda folder: missing(folder, made.identity),
+            lambda folder: write(folder, made.identity, units(made.identity)[1], None),
+            lambda folder: verify(folder, quiet),
+        ],
+        "table.safetensors": [open_cache, lambda folder: begin(folder, made.identity, made.table)],
+        "manifest.json": [open_cache, lambda folder: begin(folder, made.identity, made.table)],
+    }
+    for refused, some in acts.items():  # noqa: B007
+        for act in some:
+            with pytest.raises(DataError, match=f"{refused} cannot be read: {os.strerror(number)}") as error:
+                act(copy_of_whole)
+            assert "delete" not in str(error.value)
 
 
 def test_a_manifest_has_no_other_file_hashed(copy_of_whole, tmp_path):
@@ -756,7 +818,7 @@ def test_what_is_no_finished_cache_says_what_it_is(tmp_path):
     write(tmp_path, made.identity, units(made.identity)[0], made.shard(units(made.identity)[0]))
     total = len(units(made.identity))
     with pytest.raises(
-        DataError, match=f"unfinished cache, {total - 1} of {total} shards are missing; the same .*precompute"
+        DataError, match=f"unfinished cache, {total - 1} of {total} files are missing; the same .*precompute"
     ):
         open_cache(tmp_path)
 

@@ -69,7 +69,7 @@ def cache(tmp_path):
 
 
 def test_a_cache_is_told_by_what_it_was_made_from_and_what_is_in_it(cache):
-    report = inspect_cache(cache, print)
+    report = inspect_cache(cache, 0.5, print)
     assert report.records == 6 and not report.damaged and len(report.sizes) == 7
     assert report.sizes == {file.name: file.stat().st_size for file in cache.glob("*.safetensors")}
     text = "\n".join(report.lines())
@@ -84,7 +84,7 @@ def test_a_cache_is_told_by_what_it_was_made_from_and_what_is_in_it(cache):
         "mean +2.000 -1.000, by channel",
         "std  +0.000 +1.000",
         "files: all 7 have the sha256 that manifest.json says",
-        "bad records: 2 of 6 records (33.3%)",
+        "bad records: 2 of 6 records (33.3%); training replaces them (data.max_bad_fraction=0.5)",
         "2   too small: 1.png, 4.png\n             the first: too small: 1x1 pixels",
     ):
         assert told in text, told
@@ -95,8 +95,13 @@ def test_a_cache_is_told_by_what_it_was_made_from_and_what_is_in_it(cache):
     assert max(map(len, report.lines())) <= 120 and len(report.lines()) < 30
 
 
+def test_bad_records_that_training_does_not_bear_are_told_as_such(cache):
+    text = "\n".join(inspect_cache(cache, 0.25, print).lines())
+    assert "2 of 6 records (33.3%); training would stop (data.max_bad_fraction=0.25)" in text
+
+
 def test_how_much_smaller_its_texts_are(cache):
-    report = inspect_cache(cache, print)
+    report = inspect_cache(cache, 0.5, print)
     texts = sum(file.stat().st_size for file in cache.glob("texts-*"))
     assert report.times_smaller == pytest.approx(6 * 77 * 4 * 4 / texts)
 
@@ -107,7 +112,7 @@ def test_files_that_changed_or_are_gone_are_named(cache):
     content[-1] ^= 1
     flipped.write_bytes(content)
     (cache / "texts-00000-of-00002.safetensors").unlink()
-    report = inspect_cache(cache, print)
+    report = inspect_cache(cache, 0.5, print)
     assert report.damaged == (flipped.name, "texts-00000-of-00002.safetensors")
     text = "\n".join(report.lines())
     assert f"files: 2 of 7 files (28.6%) are damaged or absent: {flipped.name}, texts-0" in text
@@ -117,10 +122,10 @@ def test_files_that_changed_or_are_gone_are_named(cache):
 def test_what_is_no_finished_cache_is_refused(cache, tmp_path):
     for folder, told in ((tmp_path, "holds no cache"), (tmp_path / "none", "there is no cache")):
         with pytest.raises(DataError, match=told):
-            inspect_cache(folder, print)
+            inspect_cache(folder, 0.5, print)
     (cache / BAD_RECORDS).write_text('{"id": "1.png", "rea')
     with pytest.raises(DataError, match="bad_records.jsonl is absent or damaged"):
-        inspect_cache(cache, print)
+        inspect_cache(cache, 0.5, print)
 
 
 @pytest.mark.parametrize("field", ["bad_records", "tokens", "latents"])
@@ -129,4 +134,4 @@ def test_a_manifest_that_lacks_something_is_refused_by_its_name(cache, field):
     del manifest[field]
     (cache / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=rf"manifest.json is damaged: {field}"):
-        inspect_cache(cache, print)
+        inspect_cache(cache, 0.5, print)
