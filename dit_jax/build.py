@@ -9,7 +9,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +144,10 @@ def make_shapes_world(config: ConfigDict) -> "ShapesWorld":
 
 
 def choose_flip(config: ConfigDict, source: "Source") -> bool:
-    """Whether half of the pictures are mirrored: as told, or where no caption speaks of left and right."""
+    """Whether half of the pictures are mirrored: as told, or where no caption speaks of left and right.
+
+    ``source`` is all of ``data.source``, also what is set aside: a cache holds it too, and must decide alike.
+    """
     from dit_jax.data.transforms import captions_speak_of_sides
 
     all_captions = (caption for captions in source.captions() for caption in captions)
@@ -219,7 +222,10 @@ def make_samples(
     """The run's sequence of samples."""
     from dit_jax.data.loader import Samples
 
-    random_crop, flip = config.data.crop == "random", choose_flip(config, source)
+    random_crop = config.data.crop == "random"
+    flip = choose_flip(
+        config, cast("Source", make_source(config, "all")) if config.data.validation_fraction else source
+    )
     return Samples(source, order, config.seed, shapes, random_crop=random_crop, flip=flip)
 
 

@@ -1,9 +1,12 @@
 """Objects from a config: gaps that are filled from data and encoders, and values that are refused."""
 
+import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from dit_jax import build
@@ -11,6 +14,7 @@ from dit_jax.config import load_config
 from dit_jax.encoders import TextShape, VAEShape
 from dit_jax.errors import ConfigError
 from dit_jax.resolve import resolve
+from tests.noise_pictures import SQUARE, draw_noise
 from tests.tiny_run import tiny_config
 
 ENCODERS = (VAEShape(factor=8, channels=4), TextShape(length=77, width=768, pooled_width=512))
@@ -100,3 +104,21 @@ def test_the_compute_dtype_follows_the_device_unless_asked_for(device, dtype):
 def test_every_shipped_config_makes_a_process():
     for name in ("quickstart", "overfit", "small", "base", "large", "xl", "emoji"):
         build.make_process(load_config(f"configs/{name}.py", {}))
+
+
+def test_a_set_aside_caption_decides_on_mirror_images_too(tmp_path):
+    """A cache is made of all records, a run trains on some: both must mirror the same pictures."""
+    pictures = draw_noise(tmp_path / "pictures", [SQUARE] * 12)
+    config = tiny_config(data__source=pictures, data__validation_fraction="0.5")
+    names = [Path(id).name for id in build.make_source(config, "validation").ids()]
+    rows = [json.loads(line) for line in (tmp_path / "pictures/metadata.jsonl").read_text().splitlines()]
+    for says, flip in (("to the left", False), ("in the middle", True)):
+        for row in rows:
+            if row["file_name"] == names[0]:
+                row["text"] = says
+        (tmp_path / "pictures/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        training, everything = build.make_source(config, "train"), build.make_source(config, "all")
+        shapes = build.make_shapes(config, 8)
+        order = build.make_order(config, training, np.zeros(len(training), np.uint8))
+        samples = build.make_samples(config, training, order, shapes)
+        assert samples.flip == build.choose_flip(config, everything) == flip
