@@ -222,7 +222,9 @@ def check_cache(config: ConfigDict, cache: Cache, vae: VAE, text_encoder: TextEn
     shapes = build.make_shapes(config, vae.factor)
     mirrored = cache.mirrored or config.data.flip == "on"
     asked = build.make_identity(config, "", "", {}, shapes, mirrored, vae, text_encoder, 0)
-    wrong = mismatches(cache.identity, {name: value for name, value in flat(asked).items() if name not in NOT_ASKED})
+    asked["buckets"] = in_words(shapes)
+    expected = {name: value for name, value in flat(asked).items() if name not in NOT_ASKED}
+    wrong = mismatches(cache.identity | {"buckets": in_words(cache.shapes)}, expected)
     if wrong:
         raise ConfigError(
             f"{config.data.source} was not made for this config: {'; '.join(wrong)}; set the keys to the cache's, or"
@@ -234,6 +236,12 @@ def check_cache(config: ConfigDict, cache: Cache, vae: VAE, text_encoder: TextEn
             f"{config.data.source}: {bad:,} of {len(cache):,} records are bad, more than"
             f" data.max_bad_fraction={config.data.max_bad_fraction} allows (bad_records.jsonl in its folder lists them)"
         )
+
+
+def in_words(shapes: tuple[tuple[int, int], ...]) -> str:
+    """The value of ``data.buckets`` that gives these shapes and, but for squares, the shapes, width x height."""
+    each = " ".join(f"{width}x{height}" for height, width in shapes)
+    return "0" if len(shapes) == 1 else f"{len(shapes)} ({each})"
 
 
 # ------------------------------------------------------------------------------------------------ the first samples

@@ -27,8 +27,9 @@ from dit_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]  # an encoded batch, see dit_jax.arrays
 
-# What two caches that are joined may differ in: what people call things, and how shards are cut.
-FREE = ("data.", "vae.name", "text_encoder.name", "records_per_shard", "captions_per_shard")
+# What two caches that are joined may differ in: what people call things, how shards are cut, and whether there are
+# mirror images, which are then left alone, as a mixture of their sources would have it.
+FREE = ("data.", "vae.name", "text_encoder.name", "records_per_shard", "captions_per_shard", "mirrored")
 BITS = np.uint16  # bfloat16 by its bits: numpy copies these without asking another library
 CHUNK = 65_536  # records that are looked up at a time where all are
 IDLE = 8  # batches of a shape whose memory is kept
@@ -162,12 +163,12 @@ class Cache:
     `in_memory` and `dit_jax.data.cache.files.open_cache` make one. Threads may gather from it at the same time.
 
     Attributes:
-      identity: what it was made from; of several caches, that of the first.
+      identity: what it was made from; of several caches, that of the first, ``mirrored`` if all are.
       parts: number of records and weight of each of the caches that were joined; one where none were.
       bad: bool ``[n]``, records that cannot be used.
       bucket: uint8 ``[n]``, which of ``shapes`` a picture has.
       shapes: (height, width) of the pictures of every bucket, in pixels.
-      mirrored: whether mirror images are kept too.
+      mirrored: whether mirror images of all records are kept too.
       longest: S of every batch, the tokens of the longest caption.
     """
 
@@ -177,11 +178,12 @@ class Cache:
         self._stores, self._chosen, self._fingerprint = list(stores), chosen, fingerprint
         self._starts = np.cumsum([0, *(len(store) for store in stores)])
         self.parts = list(parts)
-        self.identity: Identity = stores[0].identity
+        mirrored = all(store.identity["mirrored"] for store in stores)
+        self.identity: Identity = stores[0].identity | {"mirrored": mirrored}
         self.bad = np.concatenate([store.bad for store in stores])[chosen]
         self.bucket = np.concatenate([store.table.bucket for store in stores])[chosen]
         self.shapes = tuple((height, width) for height, width in self.identity["buckets"])
-        self.mirrored: bool = self.identity["mirrored"]
+        self.mirrored: bool = mirrored
         self.longest = max(store.longest for store in stores)
         self._rooms: dict[tuple[int, int], _Rooms] = {}
 
@@ -282,8 +284,10 @@ def in_memory(identity: Identity, table: Table, shards: Iterable[Pictures | Text
     return Cache([_Store(identity, table, pictures, texts)], np.arange(n), [(n, 1.0)], identity["data"]["fingerprint"])
 
 
-def join(caches: Sequence[Cache], weights: Sequence[float]) -> Cache:
+def join(caches: Sequence[Cache], weights: Sequence[float], names: Sequence[str]) -> Cache:
     """Several caches as one, one after the other; each becomes a part that is drawn by its weight.
+
+    ``names`` are what the user calls them.
 
     Raises:
       DataError: they were not made alike.
@@ -292,8 +296,8 @@ def join(caches: Sequence[Cache], weights: Sequence[float]) -> Cache:
         return caches[0]
     first = caches[0].identity
     alike = {field: value for field, value in flat(first).items() if not field.startswith(FREE)}
-    for other in (cache.identity for cache in caches[1:]):
-        if wrong := differences(other, alike, other["data"]["name"], first["data"]["name"]):
+    for cache, name in zip(caches[1:], names[1:], strict=True):
+        if wrong := differences(cache.identity, alike, name, names[0]):
             raise DataError(f"these caches cannot be trained on together: {'; '.join(wrong)}")
     stores = [store for cache in caches for store in cache._stores]
     starts = np.cumsum([0, *(cache._starts[-1] for cache in caches)])

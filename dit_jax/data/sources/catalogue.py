@@ -78,7 +78,7 @@ def open_source(
         sources = [split(source, fraction, part) for source in sources]
         caches = [cache.select(split_indices(cache.ids(), len(cache), fraction, part)) for cache in caches]
     if caches:
-        return caches[0] if len(caches) == 1 else join(caches, weights)
+        return caches[0] if len(caches) == 1 else join(caches, weights, [one.place for one in parts])
     return sources[0] if len(sources) == 1 else Mixture(sources, weights)
 
 

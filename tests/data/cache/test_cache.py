@@ -244,7 +244,7 @@ def test_views_and_views_of_views_show_the_records_that_they_were_made_of():
     first = rng.permutation(30)[:20]
     second = np.sort(rng.choice(41, 25, replace=False))
     parts = [one.in_memory().select(first), two.in_memory().select(second)]
-    joined = join(parts, [1.0, 3.0])
+    joined = join(parts, [1.0, 3.0], ["one", "two"])
     assert joined.parts == [(20, 1.0), (25, 3.0)]
     chosen = np.flatnonzero(rng.random(45) < 0.6)
     both = [(one, int(i)) for i in first] + [(two, int(i)) for i in second]
@@ -272,22 +272,30 @@ def test_fingerprints_are_those_of_the_sources():
     chosen = np.array([1, 5, 6])
     assert one.in_memory().select(chosen).fingerprint() == Subset(one.source, chosen, "some").fingerprint()
     assert one.in_memory().select(chosen).fingerprint() == fingerprint_of_choice(one.source.fingerprint(), chosen)
-    joined = join([one.in_memory(), two.in_memory()], [1.0, 2.0])
+    joined = join([one.in_memory(), two.in_memory()], [1.0, 2.0], ["one", "two"])
     assert joined.fingerprint() == Mixture([one.source, two.source], [1.0, 2.0]).fingerprint()
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"dtype": "float32"}, "storage_dtype: captioned float32, captioned float16"),
-        ({"mirrored": False}, "mirrored: captioned False, captioned True"),
-        ({"buckets": BUCKETS[:2]}, "buckets: captioned [[32, 32], [16, 64]], captioned [[32, 32], [16, 64], [64, 16]]"),
+        ({"dtype": "float32"}, "storage_dtype: two float32, one float16"),
+        ({"buckets": BUCKETS[:2]}, "buckets: two [[32, 32], [16, 64]], one [[32, 32], [16, 64], [64, 16]]"),
     ],
 )
 def test_caches_that_were_made_in_other_ways_are_not_joined(change, said):
     with pytest.raises(DataError) as error:
-        join([encoded().in_memory(), encoded(**change).in_memory()], [1.0, 1.0])
+        join([encoded().in_memory(), encoded(**change).in_memory()], [1.0, 1.0], ["one", "two"])
     assert said in str(error.value)
+
+
+def test_mirror_images_that_one_cache_lacks_are_left_alone_in_the_other():
+    plain, mirrored = encoded(1, n=10, mirrored=False), encoded(2, n=10)
+    joined = join([plain.in_memory(), mirrored.in_memory()], [1.0, 1.0], ["one", "two"])
+    assert not joined.mirrored and not joined.identity["mirrored"]
+    record = int(np.flatnonzero(~joined.bad[10:])[0])
+    here = np.array([record]), np.zeros(1, np.uint64), np.zeros(1, bool)
+    assert_equal(joined.gather(10 + here[0], *here[1:]), mirrored.batch(*here, joined.longest))
 
 
 # --- the table ----------------------------------------------------------------------------------------------
