@@ -13,6 +13,7 @@ nothing, and writes nothing but a contact sheet.
 import argparse
 import dataclasses
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -38,11 +39,14 @@ TRIED = (16, 256)  # pictures or captions whose encoding is timed for the foreca
 LONG_ENOUGH = 2.0  # seconds that tell how quick it is
 COUNTED = 2000  # captions whose tokens are counted for it
 SPARE = 2**28  # bytes of the disk that are not filled
+PER_FILE = 4096  # pictures, or captions, in a file
+ALL_KEYS = "configs/default.py"  # what is inspected with where no config is named
+SHEET_NAME = "contact_sheet.png"
 SHEET = (6, 4)  # columns and rows of a contact sheet
 OPENED = 20_000  # pictures of a larger set are sampled when it is inspected
 
 
-def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shard: int) -> None:
+def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shard: int) -> bool:
     """Encode what is missing of a part of the data set, and finish the cache if nothing else is missing.
 
     Args:
@@ -50,6 +54,9 @@ def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shar
       output: the folder of the cache.
       part, parts: which part of the work, 0 to ``parts - 1``.
       per_shard: records, or captions, in a file.
+
+    Returns:
+      Whether the cache is finished.
 
     Raises:
       ConfigError: values that cannot be.
@@ -60,7 +67,7 @@ def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shar
     from dit_jax import build
     from dit_jax.data.cache import files
     from dit_jax.data.cache.parts import units
-    from dit_jax.feed import SAY_EVERY, note_problems
+    from dit_jax.feed import SAY_EVERY, note_problems, say_long
     from dit_jax.training.encode import encode_units
     from dit_jax.training.progress import EncodingCounter, duration
 
@@ -102,13 +109,15 @@ def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shar
     # ---- finish
     if others := files.missing(output, identity):
         say(f"{len(others)} of {len(every_unit)} files are missing still; the other parts make them")
-        return
+        return False
     note_written(every_unit)  # those of the other parts, too
     with writable(output):
         manifest = files.finish(output, identity, say_hashed())
     size = sum(known["bytes"] for known in manifest["shards"].values())
     say(f"done: {in_words(size)}, {size / pictures:,.0f} bytes a picture, {manifest['bad_records']:,} bad records")
-    say(f"train from it: --config.data.source=cache:{output}")
+    length = encoding.text_encoder.length
+    say_long(*files.open_cache(output).captions_of_length(length), length, say)
+    return True
 
 
 def open_encoding(config: ConfigDict, per_shard: int) -> "Encoding":
@@ -178,12 +187,12 @@ def forecast(config: ConfigDict, output: Path, encoding: "Encoding", left: "Sequ
     free = shutil.disk_usage(output).free
     say(
         f"forecast: latents {in_words(of_pictures)}, text {in_words(of_texts)} ({tokens:.1f} tokens a caption),"
-        f" {duration(seconds)}; the disk has {in_words(free)} free"
+        f" {duration(seconds)}; the disk has {in_words(free)} free, of which {in_words(SPARE)} are left free"
     )
     if of_pictures + of_texts + SPARE > free:
         raise WorkdirError(
-            f"the disk of {output} has {in_words(free)} free, and the cache needs"
-            f" {in_words(of_pictures + of_texts)}; make room, or give another --output"
+            f"the disk of {output} has {in_words(free)} free, and the cache needs {in_words(of_pictures + of_texts)}"
+            f" and {in_words(SPARE)} to spare; make room, or give another --output"
         )
 
 
@@ -205,10 +214,14 @@ def inspect(config: ConfigDict, sheet: Path) -> None:
     from dit_jax.data.inspection.sources import inspect
     from dit_jax.data.sources.catalogue import parse
     from dit_jax.feed import THREADS
+    from dit_jax.resolve import check_ranges
 
-    caches = [part.place for part in parse(config.data.source) if part.kind == "cache"]
-    if len(caches) > 1:
-        raise ConfigError(f"--inspect={config.data.source}: look at one cache at a time")
+    check_ranges(config)
+    parts = parse(config.data.source)
+    caches = [part.place for part in parts if part.kind == "cache"]
+    if caches and len(parts) > 1:
+        raise ConfigError(f"--inspect={config.data.source}: look at a cache alone")
+    check_sheet(sheet, [path_of(part.place) for part in parts if part.place])
     image, damaged = None, tuple[str, ...]()
     if caches:
         found = inspect_cache(path_of(caches[0]), config.data.max_bad_fraction, say)
@@ -233,6 +246,18 @@ def inspect(config: ConfigDict, sheet: Path) -> None:
         raise DataError(
             f"{config.data.source} is damaged, as said above; files: {len(damaged)}, the first {damaged[0]}"
         )
+
+
+def check_sheet(sheet: Path, inspected: "Sequence[Path]") -> None:
+    """Refuse a place for the contact sheet that is not there, or where it would become part of the data."""
+    folder = sheet.parent.resolve()
+    if not folder.is_dir():
+        raise ConfigError(f"--sheet={sheet}: there is no folder {sheet.parent}")
+    for place in inspected:
+        if place.is_dir() and folder.is_relative_to(place.resolve()):
+            raise ConfigError(
+                f"the contact sheet {sheet} would lie in the data of {place}; give another place: --sheet=PATH.png"
+            )
 
 
 def decoded(config: ConfigDict, cache: "Cache") -> "Iterator[Record]":
@@ -290,31 +315,38 @@ def main(argv: Sequence[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", help="FILE.py, FILE.py:key=value,key=value or a run's config.json; to inspect, configs/default.py"
+        "--config", help=f"FILE.py, FILE.py:key=value,key=value or a run's config.json; to inspect, {ALL_KEYS}"
     )
     parser.add_argument("--output", type=path_of, help="folder of the cache; default: caches/<config name>")
-    parser.add_argument("--shard", type=part_of, default=(0, 1), help="i/n: the i-th of n parts, i from 0 to n - 1")
-    parser.add_argument(
-        "--records_per_file", type=count_of, default=4096, help="pictures, or captions, in a file; 4096"
-    )
+    parser.add_argument("--shard", type=part_of, help="i/n: the i-th of n parts, i from 0 to n - 1")
+    parser.add_argument("--records_per_file", type=count_of, help=f"pictures, or captions, in a file; {PER_FILE}")
     parser.add_argument("--inspect", metavar="SOURCE", help="look at a data set or cache, and encode nothing")
-    parser.add_argument("--sheet", type=path_of, default=Path("contact_sheet.png"), help="with --inspect: the PNG file")
+    parser.add_argument("--sheet", type=path_of, help=f"with --inspect: the PNG file; {SHEET_NAME}")
     add_flags(parser)
     args, rest = parser.parse_known_args(argv)
     overrides = read_overrides(parser, rest)
     if args.config is None and args.inspect is None:
         parser.error("--config is needed: it says which encoders, and how large the pictures are")
+    if args.config is None and not Path(ALL_KEYS).is_file():
+        parser.error(f"--inspect needs --config=FILE where there is no {ALL_KEYS}: it says how large the pictures are")
+    inspecting = args.inspect is not None
+    for flag in ("output", "shard", "records_per_file") if inspecting else ("sheet",):
+        if getattr(args, flag) is not None:
+            parser.error(f"--{flag} does not go with --inspect" if inspecting else f"--{flag} needs --inspect")
 
     def run() -> None:
-        config = load_config(args.config or "configs/default.py", overrides)
+        config = load_config(args.config or ALL_KEYS, overrides)
         set_up(args.allow_cpu, args.verbose)
-        if args.inspect is not None:
+        if inspecting:
             config.data.source = args.inspect
-            inspect(config, args.sheet)
-        else:
-            output = args.output or Path("caches") / Path(args.config.partition(":")[0]).stem
-            part, parts = args.shard
-            precompute(config, output, part, parts, args.records_per_file)
+            inspect(config, args.sheet or Path(SHEET_NAME))
+            return
+        output = args.output or Path("caches") / Path(args.config.partition(":")[0]).stem
+        part, parts = args.shard or (0, 1)
+        if precompute(config, output, part, parts, args.records_per_file or PER_FILE):
+            keys = {**overrides, "data.source": f"cache:{output}"}  # of the same config
+            words = [f"--config={args.config}", *(f"--config.{key}={value}" for key, value in keys.items())]
+            say(f"train from it: {shlex.join(['python', '-m', 'dit_jax.main', *words])}")
 
     run_program(run, args.traceback, "JAX_PLATFORMS=cpu encodes it in the host's memory")
 

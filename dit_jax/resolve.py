@@ -26,7 +26,7 @@ def resolve(
       ConfigError: values that cannot go together, each with the key that mends it.
     """
     notes = []
-    _check_ranges(config)
+    check_ranges(config)
     if not config.total_steps:
         if not config.total_epochs:
             raise ConfigError("total_steps and total_epochs are both 0; set one of them")
@@ -76,7 +76,11 @@ def resolve(
 
 # What the values of some keys must be, in words and as a test that nan does not pass.
 RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
-    ("1 or more", lambda x: x >= 1, ("batch_size", "accumulate", "keep_latest", "model.patch_size", "sample.steps")),
+    (
+        "1 or more",
+        lambda x: x >= 1,
+        ("batch_size", "accumulate", "keep_latest", "model.patch_size", "data.image_size", "sample.steps"),
+    ),
     (
         "0 or more",
         lambda x: 0 <= x < math.inf,
@@ -97,13 +101,14 @@ RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("above 0", lambda x: 0 < x < math.inf, ("model.mlp_ratio", "model.time_scale")),
     ("above 0", lambda x: x > 0, ("clip_norm",)),
     ("in [0, 1)", lambda x: 0 <= x < 1, ("adam_b1", "adam_b2", "muon_momentum", "ema_decay")),
-    ("in [0, 1]", lambda x: 0 <= x <= 1, ("model.dropout", "caption_dropout", "sample.eta")),
+    ("in [0, 1]", lambda x: 0 <= x <= 1, ("model.dropout", "caption_dropout", "sample.eta", "data.max_bad_fraction")),
     ("in [0, 255]", lambda x: 0 <= x <= 255, ("data.buckets",)),
     ("in [0, 2**32)", lambda x: 0 <= x < 2**32, ("seed",)),
 )
 
 
-def _check_ranges(config: ConfigDict) -> None:
+def check_ranges(config: ConfigDict) -> None:
+    """Refuse values that cannot be, whatever goes with them."""
     for words, holds, keys in RANGES:
         for key in keys:
             value = operator.attrgetter(key)(config)

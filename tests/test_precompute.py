@@ -1,8 +1,11 @@
 """A cache is what its raw pictures are, whoever made it in how many pieces; and it is never taken for another."""
 
 import contextlib
+import errno
 import json
+import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,11 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_jax import precompute
+from dit_jax import build, precompute
+from dit_jax.config import load_config
 from dit_jax.data.cache import files
 from dit_jax.data.cache.files import open_cache
 from dit_jax.encoders.places import ASSETS
 from dit_jax.errors import ConfigError, DataError, WorkdirError
+from dit_jax.feed import check_cache
 from tests.data.same_pictures import TFDS, write_folder, write_wds
 from tests.noise_pictures import SQUARE, TALL, WIDE, draw_noise
 from tests.tiny_run import CONFIG, TINY, tiny_config, train_tiny
@@ -39,7 +44,9 @@ def losses(workdir, **changes):
 
 
 def content(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*"))}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +177,8 @@ def test_a_cache_that_was_killed_ten_times_is_the_same_byte_for_byte(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"data__image_size": "32"}, "image_size: cache 64, run 32"),
-        ({"data__buckets": "3"}, "buckets: cache "),
+        ({"data__image_size": "32"}, "config: image_size: cache 64, run 32; set"),
+        ({"data__buckets": "3"}, r"buckets: cache 0, run 3 \(\d+x\d+ 64x64 \d+x\d+\)"),
         ({"data__flip": "on"}, "mirrored: cache False, run True"),
         ({"data__storage_dtype": "float16"}, "storage_dtype: cache float32, run float16"),
         ({"data__crop": "random", "data__encode": "every_step"}, "crop: cache center, run random"),
@@ -204,8 +211,11 @@ def test_a_cache_of_another_text_encoder_is_refused(cache, tmp_path):
 
 def test_another_cache_in_the_folder_is_left_as_it_is(cache, tmp_path):
     shutil.copytree(cache, tmp_path, dirs_exist_ok=True)
-    with pytest.raises(DataError, match="data.records"):
+    with pytest.raises(DataError, match="the data set is another one.*or has changed since.*data.records"):
         make(tmp_path, per_file=5, data__num_pictures="20")
+    with pytest.raises(DataError, match="in files of 5 records: --records_per_file=5 goes on") as error:
+        make(tmp_path, per_file=6)
+    assert "delete" not in str(error.value)
     assert content(tmp_path) == content(cache)
 
 
@@ -256,10 +266,9 @@ def test_parts_that_bear_their_own_bad_records_do_not_finish_a_cache_with_too_ma
 # --- wrong words and small disks ----------------------------------------------------------------------------
 
 
-def run(*flags):
-    return subprocess.run(
-        [sys.executable, "-m", "dit_jax.precompute", *flags], capture_output=True, text=True, check=False
-    )
+def run(*flags, cwd=None):
+    command = [sys.executable, "-m", "dit_jax.precompute", *flags]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
 
 
 @pytest.mark.parametrize(
@@ -269,11 +278,32 @@ def run(*flags):
         ([f"--config={CONFIG}", "--shard=2/2"], "'2/2' is not i/n with i from 0 to n - 1"),
         ([f"--config={CONFIG}", "--records_per_file=0"], "'0' is not a number of 1 or more"),
         ([f"--config={CONFIG}", "--config.data.source=flder:x"], "folder"),
+        ([f"--config={CONFIG}", "--inspect=shapes", "--shard=0/2"], "--shard does not go with --inspect"),
+        ([f"--config={CONFIG}", "--inspect=shapes", "--output=x"], "--output does not go with --inspect"),
+        ([f"--config={CONFIG}", "--inspect=shapes", "--records_per_file=4096"], "--records_per_file does not go"),
+        ([f"--config={CONFIG}", "--sheet=x.png"], "--sheet needs --inspect"),
+        ([f"--config={CONFIG}", "--inspect=shapes", "--sheet=nowhere/x.png"], "there is no folder nowhere"),
+        ([f"--config={CONFIG}", "--inspect=shapes", "--config.data.image_size=-3"], "image_size is -3; it must be 1"),
+        ([f"--config={CONFIG}", "--inspect=shapes + cache:x"], "look at a cache alone"),
     ],
 )
 def test_a_wrong_word_gets_one_line(flags, told):
     done = run(*flags)
     assert done.returncode == 2 and told in done.stderr.splitlines()[-1]
+
+
+def test_inspection_outside_of_the_repository_asks_for_a_config(tmp_path):
+    done = run("--inspect=shapes", cwd=tmp_path)
+    assert done.returncode == 2 and "--inspect needs --config=FILE" in done.stderr.splitlines()[-1]
+
+
+def test_a_sheet_is_not_written_into_the_data(tmp_path):
+    draw_noise(tmp_path / "pictures", [SQUARE] * 3)
+    before = content(tmp_path)
+    for flags in (["--inspect=folder:."], [f"--inspect=folder:{tmp_path}", "--sheet=pictures/new.png"]):
+        done = run(f"--config={CONFIG}", *flags, cwd=tmp_path)
+        assert done.returncode == 2 and "give another place: --sheet=PATH.png" in done.stderr
+    assert content(tmp_path) == before
 
 
 def test_what_is_a_cache_or_is_cut_at_random_is_not_cached(cache, tmp_path):
@@ -288,9 +318,43 @@ def test_what_is_a_cache_or_is_cut_at_random_is_not_cached(cache, tmp_path):
 
 def test_a_disk_that_is_too_small_is_told_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
-    with pytest.raises(WorkdirError, match=r"has 1\.00 MiB free, and the cache needs"):
+    with pytest.raises(WorkdirError, match=r"has 1\.00 MiB free, and the cache needs .* MiB and 256\.00 MiB to spare"):
         make(tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*-of-*"))
+
+
+def test_a_finished_cache_that_cannot_be_written_to_is_done(cache, tmp_path, monkeypatch, capsys):
+    shutil.copytree(cache, tmp_path, dirs_exist_ok=True)
+
+    def refuse(*rest):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(files, "_write_whole", refuse)
+    make(tmp_path, per_file=5)
+    assert "done: " in capsys.readouterr().out
+    (tmp_path / "texts-00000-of-00006.safetensors").unlink()
+    with pytest.raises(WorkdirError, match="cannot write to .*: Read-only file system"):
+        make(tmp_path, per_file=5)
+
+
+def test_the_command_that_is_told_is_one_that_training_accepts(tmp_path):
+    """With the keys that were given as flags, and a folder that a shell would cut in two."""
+    keys = {"data.image_size": "32", "data.buckets": "3", "data.storage_dtype": "float16", "data.flip": "on"}
+    done = subprocess.run(command(tmp_path / "my cache", **keys), check=True, capture_output=True, text=True)
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("train from it: ")]
+    words = shlex.split(line.removeprefix("train from it: "))
+    assert words[:4] == ["python", "-m", "dit_jax.main", f"--config={CONFIG}"]
+    config = load_config(str(CONFIG), dict(flag.removeprefix("--config.").split("=", 1) for flag in words[4:]))
+    assert config.data.source == f"cache:{tmp_path / 'my cache'}"
+    check_cache(config, open_cache(tmp_path / "my cache"), build.make_vae(config), build.make_text_encoder(config))
+
+
+def test_captions_that_are_cut_are_told(tmp_path, capsys):
+    source = draw_noise(tmp_path / "pictures", [SQUARE] * 4)
+    rows = tmp_path / "pictures" / "metadata.jsonl"
+    rows.write_text(rows.read_text().replace("a picture 2", "a red circle and " * 40))
+    make(tmp_path / "cache", data__source=source)
+    assert "may be cut: 1, the first 'a red circle and" in capsys.readouterr().out
 
 
 def test_the_forecast_of_the_disk_is_what_it_takes(tmp_path, capsys):
@@ -328,8 +392,6 @@ def test_inspecting_a_damaged_cache_tells_all_of_it_and_fails(cache, tmp_path):
 def test_the_records_of_a_cache_are_decoded_as_they_were(cache):
     config = tiny_config(data__source=f"cache:{cache}")
     shown = list(precompute.decoded(config, open_cache(cache)))
-    from dit_jax import build
-
     source = build.make_source(tiny_config(), "all")
     raw = {source[i].id: source[i] for i in range(28)}
     assert len(shown) == 24

@@ -113,6 +113,8 @@ def write(folder: Path, identity: Identity, unit: Unit, shard: Pictures | Texts)
     else:
         tensors, notes = shard._asdict(), {}
     notes["of"] = _digest(identity, unit.name)
+    with contextlib.suppress(FileNotFoundError):  # of a finished cache a file is made again
+        os.replace(folder / MANIFEST, folder / BEGUN)
     _write_whole(folder / unit.name, lambda file: write_tensors(file, tensors, notes))
 
 
@@ -163,6 +165,9 @@ def finish(folder: Path, identity: Identity, say: Say) -> dict[str, Any]:
       DataError: a shard is missing, or the folder holds another cache.
     """
     identity = _begun(folder, identity) or identity
+    with contextlib.suppress(FileNotFoundError):
+        if not (folder / BEGUN).exists():  # it is finished: nothing is hashed again, or taken for right as it is now
+            return _read(folder / MANIFEST)
     table, files = _open_table(folder, identity), [folder / TABLE]
     notes, problems, tokens, longest = [], {}, 0, 0
     for unit in units(identity):
@@ -235,7 +240,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if finished:
         return _read(folder / MANIFEST)
     if begun:
-        identity = _read(folder / BEGUN)
+        identity = _identity(_read(folder / BEGUN))
         left, total = len(missing(folder, identity)), len(units(identity))
         raise DataError(f"{folder} is an unfinished cache, {left} of {total} files are missing; {GO_ON}")
     raise DataError(f"{folder} holds no cache" if folder.is_dir() else f"there is no cache {folder}")
@@ -255,7 +260,7 @@ def open_cache(folder: Path) -> Cache:
 
 
 def _open_all(folder: Path, manifest: dict[str, Any]) -> Cache:
-    identity = {name: value for name, value in manifest.items() if name not in ADDED}
+    identity = _identity(manifest)
     table, every_unit = _open_table(folder, identity), units(identity)
     _allow_open_files(len(every_unit))
     shards: list[Pictures | Texts] = []
@@ -399,9 +404,29 @@ def _begun(folder: Path, identity: Identity) -> Identity | None:
             found = _read(folder / name)
             wanted = {field: value for field, value in flat(identity).items() if field not in PEOPLE}
             if wrong := differences(found, wanted, "there", "here"):
-                raise DataError(f"{folder} holds another cache; delete it or name another: {'; '.join(wrong)}")
-            return {name: value for name, value in found.items() if name not in ADDED}
+                raise DataError(_otherwise(folder, found, wrong))
+            return _identity(found)
     return None
+
+
+def _otherwise(folder: Path, found: Identity, wrong: list[str]) -> str:
+    """What to do about a cache that differs in some fields."""
+    if all(words.startswith(("records_per_shard", "captions_per_shard")) for words in wrong):
+        per_file = found["records_per_shard"]
+        return (
+            f"{folder} holds this cache in files of {per_file} records: --records_per_file={per_file} goes on with it"
+        )
+    if all(words.startswith("data.") for words in wrong):
+        return (
+            f"the data set is another one than {folder} was begun with, or has changed since; name another folder, or"
+            f" delete this one ({'; '.join(wrong)})"
+        )
+    return f"{folder} holds another cache; delete it or name another: {'; '.join(wrong)}"
+
+
+def _identity(manifest: dict[str, Any]) -> Identity:
+    """That part of a manifest."""
+    return {name: value for name, value in manifest.items() if name not in ADDED}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -653,8 +653,17 @@ def test_a_damaged_shard_is_named_with_what_mends_it_and_is_made_again(damage, c
     assert verify(copy_of_whole, quiet) == [name]
     (unit,) = missing(copy_of_whole, made.identity)
     write(copy_of_whole, made.identity, unit, made.shard(unit))
+    with pytest.raises(DataError, match="unfinished cache, 0 of"):  # its hashes are of what was there before
+        open_cache(copy_of_whole)
     finish(copy_of_whole, made.identity, quiet)
     assert contents(copy_of_whole) == whole[1]
+
+
+def test_a_damaged_cache_is_not_made_right_by_the_same_command_again(copy_of_whole, whole):
+    name = units(made_once().identity)[0].name
+    (copy_of_whole / name).write_bytes(whole[1][name][:-1] + bytes([whole[1][name][-1] ^ 1]))
+    finish(copy_of_whole, made_once().identity, quiet)
+    assert verify(copy_of_whole, quiet) == [name]
 
 
 def test_a_header_longer_than_any_that_is_written_is_not_read(copy_of_whole, monkeypatch):
