@@ -161,7 +161,7 @@ def scan(
     indices: np.ndarray,
     height: int,
     width: int,
-    chunk_size: int,
+    chunk_sizes: Sequence[int],
     threads: int,
     workers: int,
     patience: float,
@@ -172,7 +172,7 @@ def scan(
       source: the records.
       indices: int64, which of them.
       height, width: what they are cut to, at the centre.
-      chunk_size: pictures at a time; the last chunk may have fewer.
+      chunk_sizes: pictures in one chunk after the other, all of them together.
       threads, workers, patience: as of `batches`.
 
     Yields:
@@ -181,13 +181,14 @@ def scan(
       ``problems``: the `BadRecord` of each, None where nothing is wrong with it.
     """
     picture = functools.partial(read_picture, source, height, width)
-    stream = _read_ahead(picture, indices, 2 * chunk_size, threads, workers, patience, source.name)
+    buffer = 2 * max(chunk_sizes, default=0)
+    stream = _read_ahead(picture, indices, buffer, threads, workers, patience, source.name)
     with contextlib.closing(stream):
-        for first in range(0, len(indices), chunk_size):
-            chunk = list(itertools.islice(stream, chunk_size))
+        for last, size in zip(itertools.accumulate(chunk_sizes), chunk_sizes, strict=True):
+            chunk = list(itertools.islice(stream, size))
             yield {
                 "image": np.stack([picture.image for picture in chunk]),
-                "index": np.array(indices[first : first + len(chunk)], np.int64),
+                "index": np.array(indices[last - size : last], np.int64),
                 "problems": [picture.problem for picture in chunk],
             }
 

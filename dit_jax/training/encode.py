@@ -21,6 +21,7 @@ from dit_jax.data.loader import RawBatch, Scanned, scan
 from dit_jax.data.sources.records import Source
 from dit_jax.encoders import VAE, TextEncoder
 from dit_jax.encoders.latents import LatentScale
+from dit_jax.errors import DataError
 
 EncodedBatch = dict[str, np.ndarray]  # its keys: see dit_jax.arrays
 Told = Callable[[Unit, int], None]
@@ -64,15 +65,14 @@ def encode_units(encoding: Encoding, wanted: Sequence[Unit], told: Told) -> Iter
         if kind == "texts":
             yield from ((unit, _encode_texts(encoding, unit, told)) for unit in together)
             continue
-        # One stream of pictures for all shards of a bucket: what reads ahead starts once. No chunk lies in two shards,
-        # since all have a multiple of its size but for the last of a bucket.
+        # One stream of pictures for all shards of a bucket: what reads ahead starts once. No chunk lies in two shards.
         height, width = encoding.identity["buckets"][bucket]
         most = 1 << max(1, CHUNK_PIXELS // (height * width)).bit_length() - 1  # a power of two
-        size = math.gcd(encoding.identity["records_per_shard"], most)
+        sizes = [min(most, len(unit) - first) for unit in together for first in range(0, len(unit), most)]
         records = np.flatnonzero(encoding.table.bucket == bucket)  # once: a set can have thousands of shards
         indices = np.concatenate([records[unit.first : unit.last] for unit in together])
         how = encoding.threads, encoding.workers, encoding.patience
-        stream = scan(encoding.source, indices, height, width, size, *how)
+        stream = scan(encoding.source, indices, height, width, sizes, *how)
         with contextlib.closing(stream):
             yield from ((unit, _encode_pictures(encoding, unit, stream, told)) for unit in together)
 
@@ -102,7 +102,15 @@ def _encode_pictures(encoding: Encoding, unit: Unit, stream: Iterator[Scanned], 
         rows = slice(row, row + len(images))
         for side in range(shard.mean.shape[1]):
             mean, std = encoding.vae.encode(images[:, :, ::-1] if side else images)
-            shard.mean[rows, side], shard.std[rows, side] = np.asarray(mean), np.asarray(std)
+            with np.errstate(over="ignore"):  # looked at below
+                shard.mean[rows, side], shard.std[rows, side] = np.asarray(mean), np.asarray(std)
+        finite = np.isfinite(shard.moments[rows]).all(axis=(1, 2, 3, 4, 5))
+        if not finite.all():
+            record = encoding.table.ids[int(chunk["index"][np.argmin(finite)])]
+            raise DataError(
+                f"latents of {record} are not finite as {shard.moments.dtype}: data.storage_dtype=float32 holds larger"
+                " ones; if that is what is used, the VAE returns such numbers"
+            )
         shard.problems.update((row + i, bad.reason) for i, bad in enumerate(chunk["problems"]) if bad is not None)
         row += len(images)
         told(unit, len(images))

@@ -305,7 +305,7 @@ def test_a_bad_fraction_that_is_none_is_refused():
 def test_a_scan_gives_the_pictures_that_batches_give(threads, workers):
     source = Numbered(11, bad=(5,))
     indices = np.array([0, 1, 2, 4, 5, 6, 7, 8, 9, 10])
-    chunks = list(scan(source, indices, SIZE, SIZE, 4, threads, workers, LONG))
+    chunks = list(scan(source, indices, SIZE, SIZE, [4, 4, 2], threads, workers, LONG))
     assert [len(chunk["image"]) for chunk in chunks] == [4, 4, 2]
     index, image = (np.concatenate([chunk[key] for chunk in chunks]) for key in ("index", "image"))
     np.testing.assert_array_equal(index, indices)
@@ -319,9 +319,9 @@ def test_a_scan_gives_the_pictures_that_batches_give(threads, workers):
 
 
 def test_a_scan_cuts_rectangles_and_of_nothing_makes_nothing():
-    [chunk] = scan(Numbered(2), np.array([1]), 4, 16, 4, 0, 0, LONG)
+    [chunk] = scan(Numbered(2), np.array([1]), 4, 16, [1], 0, 0, LONG)
     assert chunk["image"].shape == (1, 4, 16, 3)
-    assert list(scan(Numbered(2), np.array([], np.int64), SIZE, SIZE, 4, 2, 2, LONG)) == []
+    assert list(scan(Numbered(2), np.array([], np.int64), SIZE, SIZE, [], 2, 2, LONG)) == []
 
 
 # --- who reads ----------------------------------------------------------------------------------------------
@@ -345,7 +345,7 @@ def test_a_picture_that_is_never_read_ends_the_run(workers):
     with pytest.raises(DataError, match=r"^reading numbered: nothing came for 0\.5 seconds"):
         take(samples(Numbered(3, blocked=(1,))), 0, 1, threads=1, workers=workers, patience=0.5)
     with pytest.raises(DataError, match=r"^reading numbered: nothing came for 0\.5 seconds"):
-        list(scan(Numbered(3, blocked=(1,)), np.arange(3), SIZE, SIZE, 4, 1, workers, 0.5))
+        list(scan(Numbered(3, blocked=(1,)), np.arange(3), SIZE, SIZE, [3], 1, workers, 0.5))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

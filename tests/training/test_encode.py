@@ -10,6 +10,7 @@ from dit_jax.data.shapes_world import ShapesWorld
 from dit_jax.data.sources.records import BadRecord
 from dit_jax.encoders import load_text_encoder, load_vae
 from dit_jax.encoders.latents import LatentScale
+from dit_jax.errors import DataError
 from dit_jax.training import encode
 
 N = 11
@@ -105,12 +106,35 @@ def test_what_was_done_is_told_once(frozen, source):
         assert sum(count for who, count in told if who == unit) == len(unit)
 
 
+def test_pictures_are_encoded_by_as_many_as_fit_whatever_a_shard_holds(frozen, source, monkeypatch):
+    monkeypatch.setattr(encode, "CHUNK_PIXELS", 4 * 64 * 64)
+    _, told = encode_all(encoding(frozen, source, per_shard=5))
+    assert [count for unit, count in told if unit.kind == "pictures"] == [4, 1, 4, 1, 1]
+
+
 def test_a_bad_record_is_empty_and_named(frozen, source):
     shards, _ = encode_all(encoding(frozen, OneIsBad(source, 6)))
     [(unit, shard)] = [(unit, shard) for unit, shard in shards.items() if unit.kind == "pictures" and shard.problems]
     assert unit.number == 1 and shard.problems == {2: "on purpose"}
     assert shard.bad.tolist() == [False, False, True, False]
     assert not shard.moments[2].any() and shard.moments[[0, 1, 3]].any(axis=(1, 2, 3, 4, 5)).all()
+
+
+def test_latents_that_are_not_finite_end_the_work_with_the_records_id(frozen, source):
+    vae, text = frozen
+
+    class Overflowing:
+        factor, shape = vae.factor, vae.shape
+
+        def encode(self, images):
+            mean, std = map(np.array, vae.encode(images))
+            mean[-1, 0, 0, 0] = 1e6  # more than float16 holds
+            return mean, std
+
+    encode_all(encoding((Overflowing(), text), source, dtype="float32"))
+    last = list(source.ids())[3]
+    with pytest.raises(DataError, match=f"latents of {last} are not finite as float16.*float32"):
+        encode_all(encoding((Overflowing(), text), source))
 
 
 def test_every_step_gives_the_dtypes_of_a_cache(frozen, source):
