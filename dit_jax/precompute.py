@@ -12,6 +12,7 @@ nothing, and writes nothing but a contact sheet.
 
 import argparse
 import dataclasses
+import os
 import re
 import shlex
 import shutil
@@ -96,6 +97,8 @@ def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shar
 
     # ---- encode
     if left:
+        if not os.access(output, os.W_OK):  # before the work; a disk that is read-only has no room either
+            raise WorkdirError(f"{output} cannot be written to, and files are missing there: {len(left)}")
         forecast(config, output, encoding, left)
         begin = time.monotonic()
         with closing(EncodingCounter(left, SAY_EVERY)) as counter:

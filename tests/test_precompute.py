@@ -85,7 +85,7 @@ def test_raw_pictures_of_any_kind_and_their_cache_give_the_same_losses(kind, pla
     assert len(set(np.round(expected, 4))) > 2  # they are those of different batches
 
 
-def test_buckets_bad_records_several_captions_and_a_validation_part_survive_the_cache(tmp_path):
+def test_buckets_bad_records_several_captions_and_a_validation_part_survive_the_cache(tmp_path, capsys):
     source = draw_noise(tmp_path / "pictures", [WIDE, TALL, SQUARE] * 10, bad=(3, 7))
     changes = {
         "data__buckets": "5",
@@ -103,6 +103,7 @@ def test_buckets_bad_records_several_captions_and_a_validation_part_survive_the_
         losses(tmp_path / "cached", data__source=f"cache:{cache}", **changes),
     ]
     np.testing.assert_allclose(runs[1:], [runs[0]] * 2, rtol=1e-5)
+    assert len(re.findall(r"^bad records: \d, replaced by others, listed in", capsys.readouterr().out, re.M)) == 3
 
 
 def test_a_mixture_of_caches_is_the_mixture_of_their_sources(tmp_path):
@@ -335,6 +336,16 @@ def test_a_finished_cache_that_cannot_be_written_to_is_done(cache, tmp_path, mon
     (tmp_path / "texts-00000-of-00006.safetensors").unlink()
     with pytest.raises(WorkdirError, match="cannot write to .*: Read-only file system"):
         make(tmp_path, per_file=5)
+
+
+def test_a_read_only_place_is_told_before_the_work(cache, tmp_path, monkeypatch, capsys):
+    shutil.copytree(cache, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "texts-00000-of-00006.safetensors").unlink()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30, 0))
+    with pytest.raises(WorkdirError, match="cannot be written to, and files are missing there: 1"):
+        make(tmp_path, per_file=5)
+    assert "forecast" not in capsys.readouterr().out
 
 
 def test_the_command_that_is_told_is_one_that_training_accepts(tmp_path):
