@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_jax.config import load_config
+from dit_jax.errors import ConfigError
 from dit_jax.runtime import add_flags, path_of, read_overrides, run_program, set_up
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def data(spec: str, overrides: dict[str, str]) -> None:
     from dit_jax import build
     from dit_jax.data.ahead import ahead
     from dit_jax.data.cache.files import open_cache, read_manifest
+    from dit_jax.data.sources.catalogue import parse
     from dit_jax.feed import gathered_batches
     from dit_jax.sharding import make_mesh, put_batch
 
@@ -95,8 +97,12 @@ def data(spec: str, overrides: dict[str, str]) -> None:
     mesh, B = make_mesh(jax.devices()), config.batch_size
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if config.data.source.startswith("cache:"):
-            folder = path_of(config.data.source.removeprefix("cache:"))
+        parts = parse(config.data.source) if config.data.source else []
+        named = [part for part in parts if part.kind == "cache"]
+        if len(named) > 1:
+            raise ConfigError(f"data.source is {config.data.source!r}: one cache is measured at a time")
+        if named:
+            folder = path_of(named[0].place)
         else:
             print(f"data.source names no cache: {RECORDS:,} records are made up", flush=True)
             _make_up(folder, config)

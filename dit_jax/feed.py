@@ -4,7 +4,8 @@
     source --batches--> encode_every_step --> batches                            data.encode=every_step
     cache:FOLDER --> Cache on disk --gather--> batches                           see dit_jax.precompute
 
-All three give the same batches for the same config and records.
+All three give the same batches for the same config and records, but where all records of a shape are bad: its turns
+are left out where that is known beforehand, and pictures of other shapes stand in with ``every_step``.
 """
 
 import functools
@@ -18,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dit_jax import build
-from dit_jax.data.ahead import gathered
+from dit_jax.data.ahead import gathered, in_threads
 from dit_jax.data.bad_records import BadRecords, Replaced, too_many
 from dit_jax.data.buckets import assign, sizes_of
 from dit_jax.data.cache.gather import Cache, in_memory
@@ -98,13 +99,16 @@ def open_feed(
         encoded_batches = gathered_batches(config, source, order, flip)
         shapes = source.shapes
         say_long(*source.captions_of_length(text_encoder.length), text_encoder.length, say)
+        if source.bad.any():
+            say(f"bad records: {source.bad.sum():,}, replaced by others, listed in bad_records.jsonl of the cache")
     else:
         bad_records = build.make_bad_records(config, workdir / "bad_records.jsonl", len(source))
         shapes = build.make_shapes(config, vae.factor)
         bucket = find_buckets(source, shapes, data.patience, say)
         order = build.make_order(config, source, bucket)
         samples = build.make_samples(config, source, order, shapes)
-        first = [samples[k] for k in range(min(FIRST, config.batch_size))]
+        some, what = range(min(FIRST, config.batch_size)), f"reading {source.name}"
+        first = list(in_threads(samples.__getitem__, some, THREADS, FIRST, data.patience, what))
         images = np.stack([sample.image for sample in first])
         if data.encode == "once":
             cache = encode_once(config, source, bucket, shapes, samples.flip, vae, text_encoder, bad_records, say)
@@ -114,7 +118,8 @@ def open_feed(
         else:
             tokenize = functools.partial(encode.tokenize_quietly, text_encoder)
             full = tokenize([sample.caption for sample in first])[1].all(1)
-            say_long(int(full.sum()), first[int(full.argmax())].caption, text_encoder.length, say)
+            longest = first[int(full.argmax())].caption
+            say_long(int(full.sum()), longest, text_encoder.length, say, f" of the first {len(first)}")
 
             def encoded_batches(start: int, stop: int) -> Generator[EncodedBatch, None, None]:
                 how = THREADS, data.workers, data.patience
@@ -203,12 +208,15 @@ def gathered_batches(config: ConfigDict, cache: Cache, order: Order, flip: bool)
     return lambda start, stop: gathered(make, start, stop, max(1, config.data.workers))
 
 
-def say_long(count: int, first: str, length: int, say: Say) -> None:
-    """Say how many captions fill all tokens of the text encoder, and the first: most likely they were longer."""
+def say_long(count: int, first: str, length: int, say: Say, of: str = "") -> None:
+    """Say how many captions fill all tokens of the text encoder, and the first: most likely they were longer.
+
+    ``of`` says which captions were looked at, where it was not all.
+    """
     if count:
         say(
-            f"warning: captions that fill all {length} tokens of the text encoder, and may be cut: {count:,}, the first"
-            f" {first[:100]!r}"
+            f"warning: captions that fill all {length} tokens of the text encoder, and may be cut: {count:,}{of}, the"
+            f" first {first[:100]!r}"
         )
 
 

@@ -78,7 +78,7 @@ def test_bench_data_counts_the_bytes_of_the_cache_that_is_named(capsys, monkeypa
         "captions_per_shard": 64,
     }
     make_up(tmp_path / "cache", 200, making)
-    said = measure_data(capsys, monkeypatch, f"--config.data.source=cache:{tmp_path / 'cache'}")
+    said = measure_data(capsys, monkeypatch, f"--config.data.source=1*cache:{tmp_path / 'cache'}")
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "cache").glob("*.safetensors")}
     text = sum(size for name, size in sizes.items() if name.startswith("texts")) / 200
     rest = sum(sizes.values()) / 200 - text

@@ -86,9 +86,9 @@ class Silent:
         return self._source[index]
 
 
-@pytest.mark.parametrize("encode", ["once", "every_step"])
-def test_data_that_stop_coming_end_the_run(encode, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("encode", "last"), [("once", 4), ("once", 20), ("every_step", 20)])
+def test_data_that_stop_coming_end_the_run(encode, last, tmp_path, monkeypatch):
     make_source = build.make_source
-    monkeypatch.setattr(build, "make_source", lambda *args: Silent(make_source(*args), 20))
+    monkeypatch.setattr(build, "make_source", lambda *args: Silent(make_source(*args), last))
     with pytest.raises(DataError, match=r"nothing came for 1\.5 seconds.*data\.patience"):
         train_tiny(tmp_path, data__encode=encode, data__patience="1.5")

@@ -103,7 +103,8 @@ def test_buckets_bad_records_several_captions_and_a_validation_part_survive_the_
         losses(tmp_path / "cached", data__source=f"cache:{cache}", **changes),
     ]
     np.testing.assert_allclose(runs[1:], [runs[0]] * 2, rtol=1e-5)
-    assert len(re.findall(r"^bad records: \d, replaced by others, listed in", capsys.readouterr().out, re.M)) == 3
+    told = re.findall(r"^bad records: 1, replaced by others, listed in", capsys.readouterr().out, re.MULTILINE)
+    assert len(told) == 2  # every_step finds them on the way
 
 
 def test_a_mixture_of_caches_is_the_mixture_of_their_sources(tmp_path):
