@@ -5,12 +5,15 @@ is read once; a picture is the bytes of a file, or the path of one, which we dec
 """
 
 import contextlib
+import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from dit_jax.data.sources.features import check_template, choose, flatten, label_caption, one_line
 from dit_jax.data.sources.manifests import Columns, usable_rows
@@ -46,7 +49,7 @@ def open_hf(name: str, subset: str, split: str, image: str, caption: str, label:
     """
     _library()
     check_template(template)
-    return Table(f"hf:{name}", _load(name, subset, split), split, (image, caption, label), template)
+    return Table(f"hf:{name}", _load(name, subset, split), split, (image, caption, label), template, _places(name))
 
 
 class Table(Listed):
@@ -58,9 +61,12 @@ class Table(Listed):
       split: its name.
       wanted: columns of picture, caption and label that the user named, or empty.
       template: the caption of a class.
+      places: folders, resolved, below which files lie that rows may name: others are none of a stranger's business.
     """
 
-    def __init__(self, name: str, table: Any, split: str, wanted: tuple[str, str, str], template: str):
+    def __init__(
+        self, name: str, table: Any, split: str, wanted: tuple[str, str, str], template: str, places: Sequence[Path]
+    ):
         datasets = _library()
         kinds = table.features
         labels = [column for column in kinds if isinstance(kinds[column], datasets.ClassLabel)]
@@ -69,7 +75,7 @@ class Table(Listed):
         images = typed or [column for column in kinds if _may_be_picture(kinds[column])]  # parquet without types
         chosen = choose(name, wanted, images, texts, labels)
 
-        self._image = chosen.image
+        self._image, self._places = chosen.image, places
         self._pictures = table.select_columns([chosen.image]).cast_column(chosen.image, datasets.Image(decode=False))
         self._lengths = _lengths(self._pictures)
         names = kinds[chosen.text].names if chosen.text in labels else None
@@ -90,6 +96,8 @@ class Table(Listed):
             raise BadRecord(id, "no picture")
         if "://" in path:
             raise BadRecord(id, "an address where a picture belongs: download the pictures first")
+        if not any(Path(os.path.realpath(path)).is_relative_to(place) for place in self._places):
+            raise BadRecord(id, f"names {path}, which is not in {' or '.join(map(str, self._places))}")
         return read_file(Path(path), id, length)
 
     def stamp(self, index: int) -> int:
@@ -174,6 +182,13 @@ def _load(name: str, subset: str, split: str) -> Any:
     return _build(name, on_hub[1], on_hub[2], subset, split)
 
 
+def _places(name: str) -> list[Path]:
+    """Where files of a data set may lie: in its own folder, or in what the library has fetched and unpacked."""
+    folder = Path(name).expanduser()
+    cached = _library().config.HF_DATASETS_CACHE, HF_HUB_CACHE
+    return [Path(os.path.realpath(place)) for place in (*cached, *([folder] if folder.is_dir() else []))]
+
+
 def _load_saved(folder: Path, name: str, subset: str, split: str) -> Any:
     """What ``save_to_disk`` wrote: one split, or several by name."""
     if subset:
@@ -198,10 +213,24 @@ def _build(name: str, path: str, revision: str | None, subset: str, split: str) 
         builder = datasets.load_dataset_builder(path, subset or None, revision=revision, download_config=how)
     parts = [part.partition("[")[0] for part in split.split("+")]
     _check_splits(name, parts, [str(known) for known in builder.config.data_files or parts])
-    with _told(name, FetchError if is_hub else DataError):
+    with _told(name, FetchError if is_hub else DataError), _bars_for_people():
         builder.download_and_prepare(download_config=how)
     with _told(name, DataError, ConfigError):
         return builder.as_dataset(split)
+
+
+@contextlib.contextmanager
+def _bars_for_people() -> Iterator[None]:
+    """Where nobody watches, the library's progress bars fill the log of a run."""
+    datasets = _library()
+    off = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+    if off:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if off:
+            datasets.enable_progress_bars()
 
 
 def _check_splits(name: str, wanted: list[str], known: list[str]) -> None:

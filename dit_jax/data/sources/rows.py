@@ -250,7 +250,9 @@ OF_THE_RECORD = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.
 def read_file(file: Path, id: str, length: int | None) -> bytes:
     """The picture file of a record, or its first bytes; errors as of `Listed.content`."""
     try:
-        with file.open("rb") as opened:
+        with open(file, "rb", opener=_open_at_once) as opened:
+            if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+                raise BadRecord(id, "not a regular file")
             return opened.read(length)
     except ValueError as error:  # a NUL in the name
         raise BadRecord(id, f"not a file name: {error}") from error
@@ -258,6 +260,11 @@ def read_file(file: Path, id: str, length: int | None) -> bytes:
         if error.errno in OF_THE_RECORD:
             raise BadRecord(id, f"cannot be read: {error.strerror}") from error
         raise disk_error(file, error) from error
+
+
+def _open_at_once(name: str, flags: int) -> int:
+    """Open a file without waiting for the other end of a pipe."""
+    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # not on Windows
 
 
 def file_size(file: str) -> int:

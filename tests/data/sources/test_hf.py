@@ -170,11 +170,16 @@ def test_pictures_in_parquet_that_says_nothing_of_their_type(kind, column, tmp_p
     assert [tuple(open_local(tmp_path / "data")[i].image[0, 0]) for i in range(2)] == [(255, 0, 0), (0, 0, 255)]
 
 
-def test_what_is_wrong_with_a_row_is_its_bad_record(tmp_path):
-    (tmp_path / "there.png").write_bytes(picture("red"))
+def test_what_is_wrong_with_a_row_is_its_bad_record(tmp_path, capfd):
+    there, outside = tmp_path / "cache/there.png", tmp_path / "outside.png"
+    for path in (there, outside):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(picture("red"))
     images = [
-        {"bytes": None, "path": str(tmp_path / "there.png")},
-        {"bytes": None, "path": str(tmp_path / "gone.png")},
+        {"bytes": None, "path": str(there)},
+        {"bytes": None, "path": str(tmp_path / "cache/gone.png")},
+        {"bytes": None, "path": str(outside)},
+        {"bytes": None, "path": str(tmp_path / "cache/../outside.png")},
         {"bytes": None, "path": "https://example.org/a.png"},
         {"bytes": b"", "path": None},
         {"bytes": b"<html>", "path": None},
@@ -183,19 +188,31 @@ def test_what_is_wrong_with_a_row_is_its_bad_record(tmp_path):
         COLUMNS["image"][0],
     ]
     kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
-    columns = {"image": pyarrow.array(images, kind), "text": [*"abcdef", None, " "]}
+    columns = {"image": pyarrow.array(images, kind), "text": [*"abcdefgh", None, " "]}
     (tmp_path / "data").mkdir()
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "data/train.parquet")
     source, reasons = open_local(tmp_path / "data"), []
     assert tuple(source[0].image[0, 0]) == (255, 0, 0)
-    assert source.stamp(0) == len(picture("red")) and source.stamp(1) == source.stamp(5) == -1
-    for i in range(1, 8):
+    assert source.stamp(0) == len(picture("red")) and source.stamp(1) == source.stamp(7) == -1
+    for i in range(1, 10):
         with pytest.raises(BadRecord) as error:
             source[i]
         assert error.value.id == f"train/{i}"
         reasons.append(error.value.reason)
-    expected = ("No such file", "an address", "empty file", "not a picture", "no picture", "no caption", "no caption")
+    outside, caption = "outside.png, which is not in", "no caption"
+    expected = (
+        "No such file",
+        outside,
+        outside,
+        "an address",
+        "empty file",
+        "not a picture",
+        "no picture",
+        caption,
+        caption,
+    )
     assert all(said in reason for said, reason in zip(expected, reasons, strict=True)), reasons
+    assert "Generating" not in capfd.readouterr().err  # no terminal, no bar
 
 
 def test_a_class_that_is_not_known_is_no_caption(tmp_path):

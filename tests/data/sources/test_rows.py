@@ -1,13 +1,14 @@
 """Many names and captions in little memory, and the size of a picture from the head of its file."""
 
 import io
+import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from dit_jax.data.sources.records import BadRecord, Mixture, parts_of
-from dit_jax.data.sources.rows import HEADER, Entry, Listed, Rows, Strings, make_entry
+from dit_jax.data.sources.rows import HEADER, Entry, Listed, Rows, Strings, make_entry, read_file
 
 TEXTS = ["", "a red circle", "一个红色的圆", "half \ud83d", "last"]
 
@@ -123,3 +124,9 @@ def test_a_mixture_is_its_sources_one_after_the_other():
     assert both.fingerprint() != Mixture([many, few], [1, 3]).fingerprint()
     with pytest.raises(ValueError, match="above 0"):
         Mixture([few, many], [1, 0])
+
+
+def test_a_pipe_is_no_picture_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(BadRecord, match="not a regular file"):
+        read_file(tmp_path / "pipe.png", "pipe.png", None)
