@@ -2,8 +2,9 @@
 with the names of picture files.
 
 Pictures inside are read by row group, the smallest part that can be read alone: a few hundred pictures. Read in order,
-as for a cache or by encoders that run once, every group costs one read. Training on them in random order would read a
-whole group for a picture: make a cache first.
+as for a cache or by encoders that run once, a group is kept until the next ones come, and each process that reads and
+each bucket of shapes reads it about once. Training on them in random order would read a whole group for a picture: make
+a cache first.
 """
 
 import collections
