@@ -84,7 +84,7 @@ def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shar
         missing = set(files.missing(output, identity))
         bad_records = build.make_bad_records(config, output / files.BAD_RECORDS, pictures)
 
-    def note_written(some: "Iterable[Unit]") -> None:
+    def note_written(some: Iterable["Unit"]) -> None:
         for unit in some:
             if unit.kind == "pictures":
                 with writable(output):
@@ -113,7 +113,7 @@ def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shar
     if others := files.missing(output, identity):
         say(f"{len(others)} of {len(every_unit)} files are missing still; the other parts make them")
         return False
-    note_written(every_unit)  # those of the other parts, too
+    note_written(unit for unit in every_unit if unit in missing)  # those that other parts have made since, too
     with writable(output):
         manifest = files.finish(output, identity, say_hashed())
     size = sum(known["bytes"] for known in manifest["shards"].values())
