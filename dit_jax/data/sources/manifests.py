@@ -146,6 +146,11 @@ def read_csv(file: Path, names: Columns) -> Iterator[Entry]:
     with _read_errors(file), file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         rows = csv.DictReader(lines, delimiter=delimiter)
         try:
+            header = rows.fieldnames or []
+            if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
+                raise DataError(
+                    f"{file} has one column, {header[0]!r}: columns are parted by commas, or by tabs in a .tsv"
+                )
             for row in rows:
                 yield make_row(row, f"{file.name}:{rows.line_num}", names)
         except csv.Error as error:

@@ -162,6 +162,12 @@ def test_a_file_of_another_kind_is_told_in_printable_words(pictures):
         open_manifest("jsonl", str(pictures / "lists"), "", "")
 
 
+def test_columns_that_semicolons_part_are_told(tmp_path):
+    (tmp_path / "it.csv").write_text("file_name;text\na.png;a red circle\n")
+    with pytest.raises(DataError, match="it.csv has one column, 'file_name;text': columns are parted by commas"):
+        open_manifest("csv", str(tmp_path / "it.csv"), "", "")
+
+
 def test_an_address_is_no_file(pictures):
     (pictures / "a.jsonl").write_text(
         '{"image": "https://example.org/a.png", "text": "a"}\n{"image": "pictures/red.png", "text": "a"}'
