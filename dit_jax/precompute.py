@@ -32,7 +32,7 @@ from dit_jax.runtime import add_flags, path_of, read_overrides, run_program, set
 
 if TYPE_CHECKING:
     from dit_jax.data.cache.gather import Cache
-    from dit_jax.data.cache.parts import Unit
+    from dit_jax.data.cache.parts import Texts, Unit
     from dit_jax.data.sources.records import Record, Source
     from dit_jax.training.encode import Encoding
 
@@ -88,7 +88,7 @@ def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shar
         for unit in some:
             if unit.kind == "pictures":
                 with writable(output):
-                    note_problems(bad_records, table, unit, files.written_pictures(output, identity, unit))
+                    note_problems(bad_records, table, unit, files.written(output, identity, unit))
 
     note_written(unit for unit in every_unit if unit not in missing)
     left = [unit for unit in mine if unit in missing]
@@ -118,8 +118,10 @@ def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shar
         manifest = files.finish(output, identity, say_hashed())
     size = sum(known["bytes"] for known in manifest["shards"].values())
     say(f"done: {in_words(size)}, {size / pictures:,.0f} bytes a picture, {manifest['bad_records']:,} bad records")
-    length = encoding.text_encoder.length
-    say_long(*files.open_cache(output).captions_of_length(length), length, say)
+    texts = (files.written(output, identity, unit) for unit in every_unit if unit.kind == "texts")  # one at a time
+    tokens = np.concatenate([np.zeros(0, int), *(np.diff(cast("Texts", shard).offsets) for shard in texts)])
+    full = np.flatnonzero(tokens == encoding.text_encoder.length)
+    say_long(len(full), table.captions[full[0]] if len(full) else "", encoding.text_encoder.length, say)
     return True
 
 

@@ -114,13 +114,15 @@ def write(folder: Path, identity: Identity, unit: Unit, shard: Pictures | Texts)
     _write_whole(folder / unit.name, lambda file: write_tensors(file, tensors, notes))
 
 
-def written_pictures(folder: Path, identity: Identity, unit: Unit) -> Pictures:
-    """A shard of pictures that is there, with what is wrong with its records.
+def written(folder: Path, identity: Identity, unit: Unit) -> Pictures | Texts:
+    """A shard that is there, with what is wrong with its records.
 
     Raises:
       DataError: it is not there, or damaged.
     """
     found = _open_shard(folder, identity, unit)
+    if unit.kind == "texts":
+        return Texts(**found.tensors)
     return Pictures(**found.tensors, problems=dict(found.notes["problems"]))
 
 
