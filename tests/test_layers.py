@@ -41,7 +41,7 @@ MAY_IMPORT = {
 }
 
 # Read by one kind of source each, imported inside the functions that need them.
-DATA_LIBRARIES = ["pyarrow", "datasets", "tensorflow_datasets", "array_record", "tensorflow"]
+DATA_LIBRARIES = ["pyarrow", "datasets", "huggingface_hub", "tensorflow_datasets", "array_record", "tensorflow"]
 
 # Third-party modules of rooms that promise to need little; a path is matched from its start.
 NEEDS_ONLY = {

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from huggingface_hub.constants import HF_HUB_CACHE
 
 from dit_jax.data.sources.features import check_template, choose, flatten, label_caption, one_line
 from dit_jax.data.sources.manifests import Columns, usable_rows
@@ -184,6 +183,8 @@ def _load(name: str, subset: str, split: str) -> Any:
 
 def _places(name: str) -> list[Path]:
     """Where files of a data set may lie: in its own folder, or in what the library has fetched and unpacked."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     folder = Path(name).expanduser()
     cached = _library().config.HF_DATASETS_CACHE, HF_HUB_CACHE
     return [Path(os.path.realpath(place)) for place in (*cached, *([folder] if folder.is_dir() else []))]
