@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
 
     # ---- diffusion
     c.diffusion = ConfigDict()
-    c.diffusion.schedule = "scaled_linear"  # linear | scaled_linear | cosine | rectified_flow
+    c.diffusion.schedule = "scaled_linear"  # linear | scaled_linear | cosine | edm | rectified_flow
     c.diffusion.shift = 1.0  # resolution shift s of rectified_flow
     c.diffusion.prediction = "epsilon"  # epsilon | v | x0 | flow
     c.diffusion.times = "uniform"  # uniform | logit_normal
@@ -106,9 +106,12 @@ def get_config() -> ConfigDict:
 
     # ---- sampling: what `sample`, `evaluate` and the grids of a run use unless told otherwise
     c.sample = ConfigDict()
-    c.sample.sampler = "ddim"  # ddpm | ddim | euler | heun
+    c.sample.sampler = "ddim"  # ddpm | ddim | dpmpp_2m | euler | euler_ancestral | heun
     c.sample.eta = 0.0  # ddim only: 0 deterministic .. 1 as noisy as ddpm
     c.sample.steps = 50
+    c.sample.grid = "uniform"  # times of the steps: uniform | trailing | karras (usual for edm) | shifted
+    c.sample.grid_shift = 3.0  # shifted only: above 1 more of the steps are near the noise
+    c.sample.grid_rho = 7.0  # karras only: larger puts more of the steps near the picture
     c.sample.guidance_scale = 4.0  # 1 is off
     c.sample.prompts = ()  # of the grids; () takes captions of the training set. As a flag: "a,b" or "['a', 'b']"
     return c.lock()

@@ -309,6 +309,14 @@ def make_latents(config: ConfigDict) -> "LatentScale":
     return LatentScale(np.asarray(config.latents.shift, np.float32), np.asarray(config.latents.scale, np.float32))
 
 
+def make_grid(config: ConfigDict, name: str, process: "Process", steps: int) -> np.ndarray:
+    """A time grid ``[steps + 1]`` by name."""
+    from dit_jax.diffusion import grids
+
+    with config_errors("sample"):
+        return grids.make_grid(name, process.schedule, steps, config.sample.grid_shift, config.sample.grid_rho)
+
+
 def make_sampler(config: ConfigDict, name: str, process: "Process", grid: np.ndarray) -> "Sampler":
     """A sampler by name, for a process and a time grid ``[steps + 1]``."""
     from dit_jax.diffusion import samplers
@@ -316,7 +324,9 @@ def make_sampler(config: ConfigDict, name: str, process: "Process", grid: np.nda
     choices = {
         "ddpm": lambda: samplers.ddpm(process, grid),
         "ddim": lambda: samplers.ddim(process, grid, config.sample.eta),
+        "dpmpp_2m": lambda: samplers.dpmpp_2m(process, grid),
         "euler": lambda: samplers.euler(process, grid),
+        "euler_ancestral": lambda: samplers.euler_ancestral(process, grid),
         "heun": lambda: samplers.heun(process, grid),
     }
     with config_errors("sample"):

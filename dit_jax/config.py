@@ -27,6 +27,9 @@ ADDED = {
     "data.storage_dtype": "float32",
     "data.buckets": 0,
     "data.patience": 600.0,
+    "sample.grid": "uniform",
+    "sample.grid_shift": 3.0,
+    "sample.grid_rho": 7.0,
 }
 TRAINED = "trained"  # what the config.json of an export says beside the config: see dit_jax.stored
 
@@ -50,6 +53,9 @@ CHANGEABLE = (
     "sample.sampler",
     "sample.eta",
     "sample.steps",
+    "sample.grid",
+    "sample.grid_shift",
+    "sample.grid_rho",
     "sample.guidance_scale",
     "sample.prompts",
 )

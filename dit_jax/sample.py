@@ -89,6 +89,7 @@ class Pipeline:
         num_images: int = 1,
         negative_prompt: str | None = None,
         sampler: str | None = None,
+        grid: str | None = None,
         height: int | None = None,
         width: int | None = None,
         long_prompt: "LongPrompt" = "truncate",
@@ -97,7 +98,7 @@ class Pipeline:
 
         Args:
           prompts: captions; longer ones than the text encoder takes are cut with a warning.
-          steps, guidance_scale, sampler, height, width: None takes the run's own (pixels for the last two).
+          steps, guidance_scale, sampler, grid, height, width: None takes the run's own (pixels for the last two).
           seed: of the first picture; picture i has ``seed + i``.
           negative_prompt: what guidance leads away from; None is the learned null caption.
           long_prompt: ``truncate`` or ``error``.
@@ -112,7 +113,9 @@ class Pipeline:
             prompts = [prompts]
         prompts = [prompt for prompt in prompts for _ in range(num_images)]
         seeds = range(seed, seed + len(prompts))
-        pixels = self.draw(prompts, seeds, steps, guidance_scale, negative_prompt, sampler, height, width, long_prompt)
+        pixels = self.draw(
+            prompts, seeds, steps, guidance_scale, negative_prompt, sampler, grid, height, width, long_prompt
+        )
         images = [Image.fromarray(p) for p in pixels]
         for image, prompt, one_seed in zip(images, prompts, seeds, strict=True):
             image.info = {"prompt": prompt, "seed": str(one_seed), "step": str(self.trained.step)}
@@ -126,6 +129,7 @@ class Pipeline:
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
         sampler: str | None = None,
+        grid: str | None = None,
         height: int | None = None,
         width: int | None = None,
         long_prompt: "LongPrompt" = "truncate",
@@ -140,6 +144,7 @@ class Pipeline:
             width=self.config.data.image_size if width is None else width,
             sampler=defaults.sampler if sampler is None else sampler,
             steps=defaults.steps if steps is None else steps,
+            grid=defaults.grid if grid is None else grid,
             guided=scale != 1.0,
         )
         self._check(recipe)
@@ -192,7 +197,7 @@ class Pipeline:
         from dit_jax.diffusion import guidance, samplers
 
         h, w = recipe.height // self.vae.factor, recipe.width // self.vae.factor
-        grid = self._process.schedule.grid(recipe.steps)
+        grid = build.make_grid(self.config, recipe.grid, self._process, recipe.steps)
         sampler = build.make_sampler(self.config, recipe.sampler, self._process, grid)
 
         def draw(params, keys, text, negative, scale):
@@ -220,6 +225,7 @@ class Recipe(NamedTuple):
     width: int
     sampler: str
     steps: int
+    grid: str
     guided: bool
 
 
@@ -261,7 +267,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="default: the run's")
     parser.add_argument("--guidance_scale", type=float, help="1 is off; default: the run's")
     parser.add_argument("--negative_prompt", help="default: the learned null caption")
-    parser.add_argument("--sampler", help="ddpm | ddim | euler | heun; default: the run's")
+    parser.add_argument("--sampler", help="ddpm | ddim | dpmpp_2m | euler | euler_ancestral | heun; default: the run's")
+    parser.add_argument("--grid", help="times of the steps: uniform | trailing | karras | shifted; default: the run's")
     parser.add_argument("--height", type=int, help="pixels; default: the run's")
     parser.add_argument("--width", type=int)
     parser.add_argument("--long_prompt", choices=("truncate", "error"), default="truncate")
@@ -307,6 +314,7 @@ def _draw(args: argparse.Namespace) -> None:
         num_images=args.num_images,
         negative_prompt=args.negative_prompt,
         sampler=args.sampler,
+        grid=args.grid,
         height=args.height,
         width=args.width,
         long_prompt=args.long_prompt,

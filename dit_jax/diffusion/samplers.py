@@ -9,8 +9,9 @@ estimate of x0 and replaces part of the estimated noise by fresh noise z, in all
 q is the share of the noise of x_s that, in the forward process, was not yet decided by x_t. On a variance
 preserving schedule sigma_s sqrt(q) is the standard deviation of eq. 16. Two values of eta have names:
 
-*eta = 1 is ddpm.* Put epsilon = (x_t - alpha_t x0) / sigma_t into (1), and the mean and variance are those of
-the true posterior of x_s given x_t and x0 (Ho et al. 2020, eqs. 6 and 7).
+*eta = 1 is ddpm and euler_ancestral.* Put epsilon = (x_t - alpha_t x0) / sigma_t into (1), and the mean and variance
+are those of the true posterior of x_s given x_t and x0 (Ho et al. 2020, eqs. 6 and 7). The ancestral Euler of Karras'
+coordinates (3) steps to u = u_s^2 / u_t and adds noise up to u_s, which is the same: sqrt(1 - q) = u_s / u_t.
 
 *eta = 0 is euler.* Without fresh noise, x_t follows an ordinary differential equation, which is simplest in
 coordinates y and u:
@@ -26,7 +27,16 @@ x_s = alpha_s x0 + sigma_s epsilon both times: eq. 1 without noise. Written that
 
     y_s = euler + (u_s - u_t) / 2 (slope_s - slope_t)                                  (5)
 
-Every grid that ends at sigma = 0 ends with x0 itself, as eq. 1 does there.
+**dpmpp_2m** (Lu et al. 2022b, algorithm 2) solves the same equation in lambda = ln(alpha / sigma), where its linear
+part is known exactly and x0 is extrapolated from this step and the one before, h and h' long:
+
+    D = x0 + h / (2 h') (x0 - x0')                                                     (6)
+    x_s = sigma_s / sigma_t x_t + alpha_s (1 - exp(-h)) D,
+    exp(-h) = alpha_t sigma_s / (alpha_s sigma_t)                                      (7)
+
+an error of second order for one evaluation a step. The first step and the one to sigma = 0 take D = x0: Euler's.
+
+Every grid that ends at sigma = 0 ends with x0 itself, as eqs. 1 and 7 do there.
 """
 
 from collections.abc import Callable, Sequence
@@ -120,6 +130,36 @@ def heun(process: Process, grid: np.ndarray) -> Sampler:
         return jnp.where(last, x_euler, x_euler + correction), history
 
     return Sampler(_no_history, step)
+
+
+def euler_ancestral(process: Process, grid: np.ndarray) -> Sampler:
+    """Euler's method with fresh noise at every step: eq. 1 with eta = 1. Arguments and errors as for `ddim`."""
+    return ddim(process, grid, eta=1.0)
+
+
+def dpmpp_2m(process: Process, grid: np.ndarray) -> Sampler:
+    """Eqs. 6 and 7, one evaluation a step. Arguments and errors as for `ddim`.
+
+    The history is x0 of the step before and its length h', at first infinite: nothing is extrapolated then, as after
+    a start at alpha = 0.
+    """
+    _refuse_blind_start(process, grid)
+    schedule = process.schedule
+
+    def init(x_start: Array) -> tuple[Array, Array]:
+        return jnp.zeros_like(x_start), jnp.float32(jnp.inf)
+
+    def step(denoise, keys, x, t, t_next, history):
+        x0_before, h_before = history
+        x0 = denoise(x, _batch(t, x)).x0
+        alpha, sigma, alpha_next, sigma_next = (f(s) for s in (t, t_next) for f in (schedule.alpha, schedule.sigma))
+        h = (schedule.log_snr(t_next) - schedule.log_snr(t)) / 2
+        share = jnp.where(jnp.isfinite(h), h / (2 * h_before), 0.0)
+        ahead = x0 + share * (x0 - x0_before)  # (6)
+        kept = sigma_next / sigma
+        return kept * x + (alpha_next - alpha * kept) * ahead, (x0, h)  # (7)
+
+    return Sampler(init, step)
 
 
 def draw_prior(keys: Array, shape: tuple[int, ...]) -> Array:

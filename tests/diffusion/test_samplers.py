@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dit_jax.diffusion import samplers
+from dit_jax.diffusion.grids import uniform
 from dit_jax.diffusion.process import Process
 from dit_jax.diffusion.schedules import make_schedule
 
@@ -52,6 +53,9 @@ def runge_kutta(y, ratio_from, ratio_to, steps=400):
 
 def smooth_grid(name, steps):
     """Times from much noise to a little, sigma above 0 at the end."""
+    if name == "edm":
+        schedule = make_schedule(name, 1.0)
+        return np.asarray(schedule.time_of(jnp.asarray(-8 * np.log(np.linspace(8.0**0.25, 0.1**0.25, steps + 1)))))
     if name == "rectified_flow":
         return np.linspace(0.9, 0.1, steps + 1).astype(np.float32)
     ratio = np.linspace(8.0**0.25, 0.1**0.25, steps + 1) ** 4
@@ -59,9 +63,9 @@ def smooth_grid(name, steps):
     return np.interp(ratio, table, np.linspace(0, 1, len(table))).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", ["cosine", "rectified_flow"])
+@pytest.mark.parametrize("name", ["cosine", "edm", "rectified_flow"])
 def test_order_of_convergence(name):
-    """Euler's error falls like steps^-1, Heun's like steps^-2."""
+    """Euler's error falls like steps^-1, those of Heun and of dpmpp_2m like steps^-2."""
     process = Process(make_schedule(name, 1.0), "x0")
     denoise = mixture_denoise(process)
     x_start = np.linspace(-2, 2, 16, dtype=np.float32).reshape(16, 1, 1, 1)
@@ -76,12 +80,12 @@ def test_order_of_convergence(name):
         both = jax.jit(
             lambda x, grid=grid, steps=steps: [
                 samplers.run(make(process, grid), keys, x, grid, [(0, steps, denoise)])
-                for make in (samplers.euler, samplers.heun)
+                for make in (samplers.euler, samplers.heun, samplers.dpmpp_2m)
             ]
         )(x_start)
         errors.append([np.sqrt(np.mean((np.asarray(x, np.float64) - exact) ** 2)) for x in both])
     orders = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
-    np.testing.assert_allclose(orders, [1, 2], atol=0.2, err_msg=f"errors of euler and heun: {errors}")
+    np.testing.assert_allclose(orders, [1, 2, 2], atol=0.2, err_msg=f"errors of euler, heun, dpmpp_2m: {errors}")
 
 
 def gaussian_denoise(process, mean, std):
@@ -96,16 +100,17 @@ def gaussian_denoise(process, mean, std):
 def make_sampler(name, process, grid):
     if name.startswith("ddim"):
         return samplers.ddim(process, grid, float(name[4:]))
-    return {"ddpm": samplers.ddpm, "euler": samplers.euler, "heun": samplers.heun}[name](process, grid)
+    return getattr(samplers, name)(process, grid)
 
 
 @pytest.mark.parametrize(
     ("name", "schedule"),
-    [("ddpm", "linear"), ("ddpm", "rectified_flow"), ("ddim0.5", "cosine"), ("heun", "rectified_flow")],
-)
+    [("ddpm", "linear"), ("ddpm", "rectified_flow"), ("ddim0.5", "cosine"), ("heun", "rectified_flow"),
+     ("dpmpp_2m", "rectified_flow"), ("dpmpp_2m", "edm"), ("euler_ancestral", "edm")],
+)  # fmt: skip
 def test_samplers_draw_a_gaussian_from_its_exact_denoiser(name, schedule):
     process = Process(make_schedule(schedule, 1.0), "x0")
-    grid = process.schedule.grid(250)
+    grid = uniform(process.schedule, 250)
     sampler = make_sampler(name, process, grid)
     denoise = gaussian_denoise(process, mean=0.7, std=0.5)
     keys = jax.random.split(jax.random.key(5), 64)
@@ -136,27 +141,27 @@ STRAIGHT = Process(make_schedule("rectified_flow", 1.0), "flow")
 
 
 def draw(name, process, keys, segments=None):
-    grid = process.schedule.grid(STEPS)
+    grid = uniform(process.schedule, STEPS)
     sampler = make_sampler(name, process, grid)
     segments = segments or [(0, STEPS, wavy(process))]
     return jax.jit(lambda keys: samplers.run(sampler, keys, samplers.draw_prior(keys, (4, 4, 2)), grid, segments))(keys)
 
 
-@pytest.mark.parametrize(("name", "process"), [("ddpm", CURVED), ("heun", STRAIGHT)])
+@pytest.mark.parametrize(("name", "process"), [("ddpm", CURVED), ("heun", STRAIGHT), ("dpmpp_2m", CURVED)])
 def test_an_image_is_the_same_alone_and_in_a_batch(name, process):
     together = draw(name, process, KEYS)
     np.testing.assert_allclose(draw(name, process, KEYS[1:2])[0], together[1], rtol=1e-5, atol=1e-5)
     assert np.abs(together[0] - together[1]).max() > 0.01
 
 
-@pytest.mark.parametrize(("name", "process"), [("ddpm", STRAIGHT), ("heun", CURVED)])
+@pytest.mark.parametrize(("name", "process"), [("ddpm", STRAIGHT), ("heun", CURVED), ("dpmpp_2m", STRAIGHT)])
 def test_segments_are_one_walk(name, process):
     denoise = wavy(process)
     cut = draw(name, process, KEYS, [(0, 2, denoise), (2, 3, denoise), (3, STEPS, denoise)])
     np.testing.assert_allclose(cut, draw(name, process, KEYS), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "euler", "heun"])
+@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m", "euler", "heun"])
 def test_each_segment_uses_its_own_denoise(name):
     def black(x_t, t):
         return CURVED.from_x0(jnp.zeros_like(x_t), x_t, t)
@@ -168,7 +173,7 @@ def test_each_segment_uses_its_own_denoise(name):
 @pytest.mark.parametrize("process", [CURVED, STRAIGHT])
 def test_step_k_of_image_i_draws_from_its_key_folded_by_k(process):
     """The run by hand: the posterior of DDPM in its own words, and the keys of the contract."""
-    schedule, denoise, grid = process.schedule, wavy(process), process.schedule.grid(STEPS)
+    schedule, denoise, grid = process.schedule, wavy(process), uniform(process.schedule, STEPS)
     x = np.asarray(samplers.draw_prior(KEYS, (4, 4, 2)), np.float64)
     for k in range(STEPS):
         t, s = grid[k], grid[k + 1]
@@ -184,7 +189,7 @@ def test_step_k_of_image_i_draws_from_its_key_folded_by_k(process):
     np.testing.assert_allclose(draw("ddpm", process, KEYS), x, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "evaluations"), [("ddim0.5", 1), ("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize(("name", "evaluations"), [("ddim0.5", 1), ("dpmpp_2m", 1), ("euler", 1), ("heun", 2)])
 def test_evaluations_a_step(name, evaluations):
     calls = []
 
@@ -198,7 +203,7 @@ def test_evaluations_a_step(name, evaluations):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "rectified_flow"])
-@pytest.mark.parametrize("name", ["ddim0.5", "heun"])
+@pytest.mark.parametrize("name", ["ddim0.5", "dpmpp_2m", "heun"])
 def test_runs_from_pure_noise_are_finite_for_every_prediction_but_epsilon(name, schedule):
     for prediction in ["x0", "v", "flow"]:
         process = Process(make_schedule(schedule, 1.0), prediction)
@@ -209,26 +214,26 @@ def test_runs_from_pure_noise_are_finite_for_every_prediction_but_epsilon(name, 
         assert np.all(np.isfinite(draw(name, process, KEYS, [(0, STEPS, denoise)])))
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim0.0", "euler", "heun"])
+@pytest.mark.parametrize("name", ["ddpm", "ddim0.0", "dpmpp_2m", "euler", "heun"])
 @pytest.mark.parametrize("schedule", ["cosine", "rectified_flow"])
 def test_epsilon_is_refused_where_it_cannot_see_x0(name, schedule):
     process = Process(make_schedule(schedule, 1.0), "epsilon")
     with pytest.raises(ValueError, match=r"predicts epsilon cannot start at t = 1 .*prediction v or flow.*smaller t"):
-        make_sampler(name, process, process.schedule.grid(10))
-    make_sampler(name, process, process.schedule.grid(10)[1:])  # starting later is possible
-    jax.jit(lambda: make_sampler(name, process, process.schedule.grid(10)[1:]) and 0)()  # inside a jit too
+        make_sampler(name, process, uniform(process.schedule, 10))
+    make_sampler(name, process, uniform(process.schedule, 10)[1:])  # starting later is possible
+    jax.jit(lambda: make_sampler(name, process, uniform(process.schedule, 10)[1:]) and 0)()  # inside a jit too
 
 
 def test_epsilon_starts_at_one_where_the_schedule_leaves_some_picture():
     for schedule in ["linear", "scaled_linear"]:
         process = Process(make_schedule(schedule, 1.0), "epsilon")
-        samplers.euler(process, process.schedule.grid(10))
+        samplers.euler(process, uniform(process.schedule, 10))
 
 
 def test_eta_outside_its_range_is_refused():
     process = Process(make_schedule("linear", 1.0), "v")
     with pytest.raises(ValueError, match="between 0 and 1, not 1.5"):
-        samplers.ddim(process, process.schedule.grid(10), 1.5)
+        samplers.ddim(process, uniform(process.schedule, 10), 1.5)
 
 
 @pytest.mark.parametrize("bounds", [[(0, 5)], [(0, 3), (4, 6)], [(0, 4), (3, 6)], [(3, 6), (0, 3)]])

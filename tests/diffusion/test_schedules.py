@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dit_jax.diffusion.process import Process
 from dit_jax.diffusion.schedules import SCHEDULES, make_schedule
 from tools import make_golden_diffusion as reference
 
-VARIANCE_PRESERVING = ["linear", "scaled_linear", "cosine"]
+DISCRETE = ["linear", "scaled_linear", "cosine"]
 POINTS = ((np.arange(1000) + 1) / 1000).astype(np.float32)  # t of the discrete steps
 
 
@@ -22,7 +23,7 @@ def betas_by_hand(name):
     return [min(1 - f[k + 1] / f[k], 0.999) for k in range(1000)]
 
 
-@pytest.mark.parametrize("name", VARIANCE_PRESERVING)
+@pytest.mark.parametrize("name", DISCRETE)
 def test_points_are_the_discrete_steps(name):
     schedule = make_schedule(name, 1.0)
     alpha_bar, product = [], 1.0
@@ -33,14 +34,14 @@ def test_points_are_the_discrete_steps(name):
     np.testing.assert_allclose(schedule.sigma(POINTS) ** 2, 1 - np.array(alpha_bar), rtol=2e-5)
 
 
-@pytest.mark.parametrize("name", VARIANCE_PRESERVING)
+@pytest.mark.parametrize("name", DISCRETE)
 def test_points_are_those_of_diffusers(name):
     theirs = np.load(reference.GOLDEN)[f"{name}/alpha_bars"]
     alpha = make_schedule(name, 1.0).alpha(POINTS[::37])
     np.testing.assert_allclose(alpha**2, theirs, rtol=2e-5)  # theirs is a product in float32
 
 
-@pytest.mark.parametrize("name", VARIANCE_PRESERVING)
+@pytest.mark.parametrize("name", DISCRETE)
 def test_points_are_those_of_diffusers_live(name):
     pytest.importorskip("torch")
     pytest.importorskip("diffusers")
@@ -48,7 +49,7 @@ def test_points_are_those_of_diffusers_live(name):
     np.testing.assert_allclose(alpha**2, reference.alpha_bars(name), rtol=2e-5)
 
 
-@pytest.mark.parametrize("name", VARIANCE_PRESERVING)
+@pytest.mark.parametrize("name", DISCRETE)
 def test_between_points_sigma_over_alpha_is_linear(name):
     schedule = make_schedule(name, 1.0)
 
@@ -92,24 +93,42 @@ def test_variance_is_preserved_where_a_schedule_says_so(name):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_derivatives_are_derivatives(name):
     schedule = make_schedule(name, 1.0)
-    t = (POINTS[:-1] + 0.0005).astype(np.float32)  # inside a segment of the table
+    t = (POINTS[:-1] + np.float32(0.0005)).astype(np.float32)  # inside a segment of the table
     for value, derivative in [(schedule.alpha, schedule.d_alpha), (schedule.sigma, schedule.d_sigma)]:
         low, high = (t - np.float32(4e-4)).astype(np.float32), (t + np.float32(4e-4)).astype(np.float32)
         secant = (np.asarray(value(high), np.float64) - value(low)) / (high.astype(np.float64) - low)
         np.testing.assert_allclose(derivative(t)[:990], secant[:990], rtol=5e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", VARIANCE_PRESERVING)
-def test_grid_is_even(name):
-    np.testing.assert_array_equal(make_schedule(name, 1.0).grid(4), np.array([1, 0.75, 0.5, 0.25, 0], np.float32))
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_time_of_undoes_log_snr(name):
+    schedule = make_schedule(name, 1.0)
+    t = np.linspace(0.002, 0.998, 499, dtype=np.float32)
+    log_snr = jax.jit(schedule.log_snr)(t)
+    np.testing.assert_allclose(jax.jit(schedule.time_of)(log_snr), t, rtol=1e-4, atol=1e-5)
+    ends = np.asarray(schedule.time_of(jnp.array([100.0, -100.0])))
+    assert 0 <= ends[0] < 1e-6 and ends[1] == 1
 
 
-@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
-def test_shift_moves_the_grid_of_rectified_flow(shift):
-    grid = make_schedule("rectified_flow", shift).grid(8)
-    assert grid.dtype == np.float32 and grid[0] == 1 and grid[-1] == 0
-    by_hand = [shift * (k / 8) / (1 + (shift - 1) * (k / 8)) for k in range(8, -1, -1)]
-    np.testing.assert_allclose(grid, by_hand, rtol=1e-6)
+def test_v_on_edm_is_the_preconditioning_of_edm():
+    """Karras et al. 2022, table 1 and eq. 8, in their words: D = c_skip y + c_out F(c_in y), y = x + n of level s.
+
+    With sigma_data = 1, F = -v at x_t = c_in y, and their weighted loss is the squared error of F.
+    """
+    process = Process(make_schedule("edm", 1.0), "v")
+    s = np.geomspace(0.003, 70, 40)
+    t = np.asarray(process.schedule.time_of(jnp.asarray(-2 * np.log(s))))
+    rng = np.random.default_rng(0)
+    x, n, F = rng.normal(size=(3, 40, 1, 1, 1))
+    column = s.reshape(-1, 1, 1, 1)
+    y = x + column * n
+    c_in, c_skip, c_out = 1 / np.sqrt(1 + column**2), 1 / (1 + column**2), column / np.sqrt(1 + column**2)
+    denoised = process.convert(jnp.asarray(-F), jnp.asarray(c_in * y), jnp.asarray(t)).x0
+    np.testing.assert_allclose(denoised, c_skip * y + c_out * F, rtol=1e-4, atol=1e-4)
+    weight = (column**2 + 1) / column**2  # their lambda
+    theirs = weight * (c_skip * y + c_out * F - x) ** 2
+    v = c_in * n - c_in * column * x
+    np.testing.assert_allclose((-F - v) ** 2, theirs, rtol=1e-6)
 
 
 def test_shift_multiplies_the_noise_ratio():
@@ -122,7 +141,7 @@ def test_shift_multiplies_the_noise_ratio():
 
 
 def test_unknown_names_and_shifts_are_refused():
-    with pytest.raises(ValueError, match="'sine'.*linear, scaled_linear, cosine, rectified_flow"):
+    with pytest.raises(ValueError, match="'sine'.*linear, scaled_linear, cosine, edm, rectified_flow"):
         make_schedule("sine", 1.0)
     with pytest.raises(ValueError, match="'linear' has no shift, but shift=3.0"):
         make_schedule("linear", 3.0)
