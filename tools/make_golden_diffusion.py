@@ -8,6 +8,7 @@ States are stored on the scale of x_t = alpha x0 + sigma epsilon; diffusers' Eul
 preserving schedules hold x / alpha instead.
 """
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +27,7 @@ BETAS = {
     "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
 }
-PREDICTION_TYPE = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
+PREDICTION_TYPE = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Case:
     Attributes:
       scheduler: its class.
       sampler, schedule, prediction, shift, eta: ours.
-      spacing: how a variance preserving scheduler spaces its steps; leading starts late, linspace ends early.
+      spacing: how a variance preserving scheduler spaces its steps; leading starts late, linspace ends early, karras
+        is a grid of noise levels.
     """
 
     scheduler: str
@@ -69,6 +71,13 @@ CASES = [
     Case("HeunDiscreteScheduler", "heun", "linear", "x0", spacing="trailing"),
     # Not x0 here: it divides by sigma at the first point, which diffusers has 2.6e-4 off (float32 alpha_bar).
     Case("HeunDiscreteScheduler", "heun", "cosine", "v", spacing="leading"),
+    Case("EulerAncestralDiscreteScheduler", "euler_ancestral", "scaled_linear", "epsilon", spacing="linspace"),
+    Case("EulerAncestralDiscreteScheduler", "euler_ancestral", "linear", "v", spacing="trailing"),
+    Case("DPMSolverMultistepScheduler", "dpmpp_2m", "scaled_linear", "epsilon", spacing="linspace"),
+    Case("DPMSolverMultistepScheduler", "dpmpp_2m", "linear", "x0", spacing="trailing"),
+    Case("DPMSolverMultistepScheduler", "dpmpp_2m", "cosine", "v", spacing="leading"),
+    Case("DPMSolverMultistepScheduler", "dpmpp_2m", "scaled_linear", "v", spacing="karras"),
+    Case("DPMSolverMultistepScheduler", "dpmpp_2m", "rectified_flow", "flow", shift=3.0),
     Case("FlowMatchEulerDiscreteScheduler", "euler", "rectified_flow", "flow"),
     Case("FlowMatchEulerDiscreteScheduler", "euler", "rectified_flow", "flow", shift=3.0),
     Case("FlowMatchHeunDiscreteScheduler", "heun", "rectified_flow", "flow"),
@@ -95,9 +104,11 @@ def make_scheduler(case: Case) -> Any:
     options: dict[str, Any]
     if case.schedule == "rectified_flow":
         options = {"shift": case.shift}
+        if case.sampler == "dpmpp_2m":
+            options = {"use_flow_sigmas": True, "flow_shift": case.shift, "prediction_type": "flow_prediction"}
     else:
-        options = {"prediction_type": PREDICTION_TYPE[case.prediction], "timestep_spacing": case.spacing}
-        options |= BETAS[case.schedule]
+        spacing = {"use_karras_sigmas": True} if case.spacing == "karras" else {"timestep_spacing": case.spacing}
+        options = {"prediction_type": PREDICTION_TYPE[case.prediction], **spacing, **BETAS[case.schedule]}
         if case.sampler in ("ddpm", "ddim"):
             options["clip_sample"] = False
     scheduler = getattr(diffusers, case.scheduler)(num_train_timesteps=T, **options)
@@ -112,12 +123,14 @@ def trajectory(case: Case) -> tuple[np.ndarray, np.ndarray]:
       The grid of times ``[STEPS + 1]`` and the states on it ``[STEPS + 1, *SHAPE]``.
     """
     import torch
-    from diffusers.schedulers import scheduling_ddpm
+    from diffusers.schedulers import scheduling_ddpm, scheduling_euler_ancestral_discrete
 
     scheduler = make_scheduler(case)
     x_start, noise = start_and_noise()
     flow = case.schedule == "rectified_flow"
-    scaled = case.sampler in ("euler", "heun") and not flow  # holds x / alpha; its sigmas are sigma / alpha
+    scaled = (
+        case.sampler in ("euler", "euler_ancestral", "heun") and not flow
+    )  # holds x / alpha; its sigmas are sigma / alpha
 
     def scale() -> float:  # 1 / alpha, now
         return float((1 + scheduler.sigmas[scheduler.step_index or 0] ** 2) ** 0.5) if scaled else 1.0
@@ -126,13 +139,18 @@ def trajectory(case: Case) -> tuple[np.ndarray, np.ndarray]:
     x = torch.from_numpy(x_start) * scale()
     for timestep in scheduler.timesteps:
         t = float(timestep) / T if flow else (float(timestep) + 1) / T
+        if case.spacing == "karras" or (flow and case.sampler == "dpmpp_2m"):  # whose timesteps are rounded
+            sigma = float(scheduler.sigmas[len(states) - 1])
+            t = sigma if flow else time_of(case.schedule, sigma)
         if getattr(scheduler, "dt", None) is None:  # a step begins; Heun's second evaluation is none
             grid.append(t)
         x_in = scheduler.scale_model_input(x, timestep) if scaled else x
         prediction = torch.from_numpy(network(x_in.numpy(), np.full(SHAPE[0], t, np.float32), np))
         z = torch.from_numpy(noise[len(states) - 1])
         options = {"eta": case.eta, "variance_noise": z if case.eta else None} if case.sampler == "ddim" else {}
-        with mock.patch.object(scheduling_ddpm, "randn_tensor", lambda *args, z=z, **kwargs: z):
+        with contextlib.ExitStack() as patches:
+            for module in (scheduling_ddpm, scheduling_euler_ancestral_discrete):
+                patches.enter_context(mock.patch.object(module, "randn_tensor", lambda *args, z=z, **kwargs: z))
             x = scheduler.step(prediction, timestep, x, **options).prev_sample
         if getattr(scheduler, "dt", None) is None or len(grid) == STEPS:  # it ends; the last is Euler's
             states.append(x.numpy() / scale())
@@ -144,6 +162,13 @@ def alpha_bars(schedule: str) -> np.ndarray:
     import diffusers
 
     return diffusers.DDPMScheduler(num_train_timesteps=T, **BETAS[schedule]).alphas_cumprod.numpy()
+
+
+def time_of(schedule: str, ratio: float) -> float:
+    """The time of a noise level sigma / alpha, between the points of diffusers' table."""
+    alpha_bar = alpha_bars(schedule).astype(np.float64)
+    table = np.sqrt((1 - alpha_bar) / alpha_bar)
+    return float(np.interp(ratio, [0.0, *table], np.linspace(0.0, 1.0, T + 1)))
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import pytest
 
 from dit_jax.diffusion.grids import GRIDS, make_grid
 from dit_jax.diffusion.schedules import SCHEDULES, make_schedule
+from tools import make_golden_diffusion as reference
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 50])
@@ -64,3 +65,13 @@ def test_shifted_multiplies_the_noise_level_of_rectified_flow():
 def test_what_cannot_be_is_refused(name, schedule, shift, rho, said):
     with pytest.raises(ValueError, match=said):
         make_grid(name, make_schedule(schedule, 1.0), 10, shift, rho)
+
+
+def test_karras_and_trailing_are_those_of_diffusers():
+    with np.load(reference.GOLDEN) as golden:
+        karras = golden["dpmpp_2m-scaled_linear-v-eta0-karras/grid"]
+        trailing = golden["dpmpp_2m-linear-x0-eta0-trailing/grid"]
+    np.testing.assert_allclose(
+        make_grid("karras", make_schedule("scaled_linear", 1.0), 10, 3.0, 7.0), karras, rtol=2e-4
+    )
+    np.testing.assert_allclose(make_grid("trailing", make_schedule("linear", 1.0), 10, 3.0, 7.0), trailing, rtol=1e-6)

@@ -36,7 +36,7 @@ def walker(case):
     if case.sampler == "ddim":
         sampler = samplers.ddim(process, grid, case.eta)
     else:
-        sampler = {"ddpm": samplers.ddpm, "euler": samplers.euler, "heun": samplers.heun}[case.sampler](process, grid)
+        sampler = getattr(samplers, case.sampler)(process, grid)
 
     def walk(x, noise, grid):
         def body(carry, now):
