@@ -117,7 +117,7 @@ def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shar
     with writable(output):
         manifest = files.finish(output, identity, say_hashed())
     size = sum(known["bytes"] for known in manifest["shards"].values())
-    say(f"done: {in_words(size)}, {size / pictures:,.0f} bytes a picture, {manifest['bad_records']:,} bad records")
+    say(f"done: {in_words(size)}, {size / pictures:,.0f} bytes a picture, bad records: {manifest['bad_records']:,}")
     texts = (files.written(output, identity, unit) for unit in every_unit if unit.kind == "texts")  # one at a time
     tokens = np.concatenate([np.zeros(0, int), *(np.diff(cast("Texts", shard).offsets) for shard in texts)])
     full = np.flatnonzero(tokens == encoding.text_encoder.length)
