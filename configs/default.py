@@ -113,5 +113,11 @@ def get_config() -> ConfigDict:
     c.sample.grid_shift = 3.0  # shifted only: above 1 more of the steps are near the noise
     c.sample.grid_rho = 7.0  # karras only: larger puts more of the steps near the picture
     c.sample.guidance_scale = 4.0  # 1 is off
+    c.sample.guidance_interval = (0.0, 1.0)  # guided at times between; outside, a step costs half
+    c.sample.guidance_rescale = 0.0  # 0 is off .. 1: how much of the contrast that guidance adds is taken back
+    # adaptive projected guidance: what counts of the part of its step along the picture, 1 is off .. 0; and how long
+    # the step may be, over all latent pixels of a picture, 0 is off
+    c.sample.apg_parallel = 1.0
+    c.sample.apg_norm = 0.0
     c.sample.prompts = ()  # of the grids; () takes captions of the training set. As a flag: "a,b" or "['a', 'b']"
     return c.lock()

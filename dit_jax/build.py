@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dit_jax.data.order import Order
     from dit_jax.data.shapes_world import ShapesWorld
     from dit_jax.data.sources.records import Source
+    from dit_jax.diffusion.guidance import Correction
     from dit_jax.diffusion.process import Process
     from dit_jax.diffusion.samplers import Sampler
     from dit_jax.encoders import VAE, TextEncoder, TextShape, VAEShape
@@ -309,16 +310,17 @@ def make_latents(config: ConfigDict) -> "LatentScale":
     return LatentScale(np.asarray(config.latents.shift, np.float32), np.asarray(config.latents.scale, np.float32))
 
 
-def make_grid(config: ConfigDict, name: str, process: "Process", steps: int) -> np.ndarray:
-    """A time grid ``[steps + 1]`` by name."""
+def make_grid(config: ConfigDict, process: "Process") -> np.ndarray:
+    """The times of a sampling run, ``[steps + 1]``."""
     from dit_jax.diffusion import grids
 
+    s = config.sample
     with config_errors("sample"):
-        return grids.make_grid(name, process.schedule, steps, config.sample.grid_shift, config.sample.grid_rho)
+        return grids.make_grid(s.grid, process.schedule, s.steps, s.grid_shift, s.grid_rho)
 
 
-def make_sampler(config: ConfigDict, name: str, process: "Process", grid: np.ndarray) -> "Sampler":
-    """A sampler by name, for a process and a time grid ``[steps + 1]``."""
+def make_sampler(config: ConfigDict, process: "Process", grid: np.ndarray) -> "Sampler":
+    """The sampler, for a process and a time grid ``[steps + 1]``."""
     from dit_jax.diffusion import samplers
 
     choices = {
@@ -330,7 +332,14 @@ def make_sampler(config: ConfigDict, name: str, process: "Process", grid: np.nda
         "heun": lambda: samplers.heun(process, grid),
     }
     with config_errors("sample"):
-        return choose("sampler", name, choices)()
+        return choose("sampler", config.sample.sampler, choices)()
+
+
+def make_correction(config: ConfigDict) -> "Correction":
+    """What tames guidance."""
+    from dit_jax.diffusion.guidance import Correction
+
+    return Correction(config.sample.guidance_rescale, config.sample.apg_parallel, config.sample.apg_norm)
 
 
 def make_optimizer(config: ConfigDict) -> tuple["optax.GradientTransformation", "optax.Schedule"]:

@@ -30,6 +30,10 @@ ADDED = {
     "sample.grid": "uniform",
     "sample.grid_shift": 3.0,
     "sample.grid_rho": 7.0,
+    "sample.guidance_interval": (0.0, 1.0),
+    "sample.guidance_rescale": 0.0,
+    "sample.apg_parallel": 1.0,
+    "sample.apg_norm": 0.0,
 }
 TRAINED = "trained"  # what the config.json of an export says beside the config: see dit_jax.stored
 
@@ -57,6 +61,10 @@ CHANGEABLE = (
     "sample.grid_shift",
     "sample.grid_rho",
     "sample.guidance_scale",
+    "sample.guidance_interval",
+    "sample.guidance_rescale",
+    "sample.apg_parallel",
+    "sample.apg_norm",
     "sample.prompts",
 )
 

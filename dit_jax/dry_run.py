@@ -101,8 +101,7 @@ def report(config: ConfigDict, name: str, device_name: str | None) -> None:
     dtype = build.compute_dtype(chosen, jax.devices()[0])
     model, process = build.make_model(config, dtype), build.make_process(config)
     build.make_times(config, process)
-    grid = build.make_grid(config, config.sample.grid, process, config.sample.steps)
-    build.make_sampler(config, config.sample.sampler, process, grid)
+    build.make_sampler(config, process, build.make_grid(config, process))
     optimizer, learning_rate = build.make_optimizer(config)
     if by_epochs:
         config.total_steps = 0

@@ -96,6 +96,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             "learning_rate",
             "weight_decay",
             "sample.guidance_scale",
+            "sample.apg_norm",
         ),
     ),
     (
@@ -105,7 +106,18 @@ RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ),
     ("above 0", lambda x: x > 0, ("clip_norm",)),
     ("in [0, 1)", lambda x: 0 <= x < 1, ("adam_b1", "adam_b2", "muon_momentum", "ema_decay")),
-    ("in [0, 1]", lambda x: 0 <= x <= 1, ("model.dropout", "caption_dropout", "sample.eta", "data.max_bad_fraction")),
+    (
+        "in [0, 1]",
+        lambda x: 0 <= x <= 1,
+        (
+            "model.dropout",
+            "caption_dropout",
+            "data.max_bad_fraction",
+            "sample.eta",
+            "sample.guidance_rescale",
+            "sample.apg_parallel",
+        ),
+    ),  # fmt: skip
     ("in [0, 255]", lambda x: 0 <= x <= 255, ("data.buckets",)),
     ("in [0, 2**32)", lambda x: 0 <= x < 2**32, ("seed",)),
 )
@@ -118,6 +130,9 @@ def check_ranges(config: ConfigDict) -> None:
             value = operator.attrgetter(key)(config)
             if not holds(value):
                 raise ConfigError(f"{key} is {value}; it must be {words}")
+    interval = config.sample.guidance_interval
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        raise ConfigError(f"sample.guidance_interval is {interval}; it must be two times, 0 <= low <= high <= 1")
 
 
 def choose(key: str, name: str, choices: Mapping[str, Any]) -> Any:

@@ -21,6 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from dit_jax.arrays import TextStates
 from dit_jax.errors import ConfigError
+from dit_jax.resolve import check_ranges
 from dit_jax.runtime import add_flags, path_of, run_program, set_up, writable
 
 if TYPE_CHECKING:
@@ -89,19 +90,20 @@ class Pipeline:
         num_images: int = 1,
         negative_prompt: str | None = None,
         sampler: str | None = None,
-        grid: str | None = None,
         height: int | None = None,
         width: int | None = None,
         long_prompt: "LongPrompt" = "truncate",
+        **settings: Any,
     ) -> list[Image.Image]:
         """Draw ``num_images`` pictures per prompt, prompt by prompt.
 
         Args:
           prompts: captions; longer ones than the text encoder takes are cut with a warning.
-          steps, guidance_scale, sampler, grid, height, width: None takes the run's own (pixels for the last two).
+          steps, guidance_scale, sampler, height, width: None takes the run's own (pixels for the last two).
           seed: of the first picture; picture i has ``seed + i``.
           negative_prompt: what guidance leads away from; None is the learned null caption.
           long_prompt: ``truncate`` or ``error``.
+          settings: any other key of ``sample`` in the config, such as ``grid`` or ``guidance_interval``.
 
         Returns:
           PIL images, ``len(prompts) * num_images`` of them; prompt, seed and step are in their ``info``.
@@ -114,7 +116,16 @@ class Pipeline:
         prompts = [prompt for prompt in prompts for _ in range(num_images)]
         seeds = range(seed, seed + len(prompts))
         pixels = self.draw(
-            prompts, seeds, steps, guidance_scale, negative_prompt, sampler, grid, height, width, long_prompt
+            prompts,
+            seeds,
+            negative_prompt,
+            height,
+            width,
+            long_prompt,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            sampler=sampler,
+            **settings,
         )
         images = [Image.fromarray(p) for p in pixels]
         for image, prompt, one_seed in zip(images, prompts, seeds, strict=True):
@@ -125,29 +136,28 @@ class Pipeline:
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
-        steps: int | None = None,
-        guidance_scale: float | None = None,
         negative_prompt: str | None = None,
-        sampler: str | None = None,
-        grid: str | None = None,
         height: int | None = None,
         width: int | None = None,
         long_prompt: "LongPrompt" = "truncate",
+        **settings: Any,
     ) -> np.ndarray:
-        """Like a call, with one seed per prompt: uint8 ``[len(prompts), height, width, 3]``."""
+        """Like a call, with one seed per prompt: uint8 ``[len(prompts), height, width, 3]``.
+
+        ``settings`` are keys of ``sample`` in the config; None takes the run's own.
+        """
         from dit_jax.build import config_errors
 
-        defaults = self.config.sample
-        scale = float(defaults.guidance_scale if guidance_scale is None else guidance_scale)
+        chosen = self._sample_config(settings).sample.to_dict()
+        scale = float(chosen.pop("guidance_scale"))
+        del chosen["prompts"]
         recipe = Recipe(
             height=self.config.data.image_size if height is None else height,
             width=self.config.data.image_size if width is None else width,
-            sampler=defaults.sampler if sampler is None else sampler,
-            steps=defaults.steps if steps is None else steps,
-            grid=defaults.grid if grid is None else grid,
             guided=scale != 1.0,
+            settings=tuple(chosen.items()),
         )
-        self._check(recipe)
+        self._check_size(recipe)
         if not len(prompts):
             raise ConfigError("there is nothing to draw: no prompts")
         if min(seeds) < 0 or max(seeds) >= 2**32:
@@ -167,13 +177,23 @@ class Pipeline:
             pictures.append(self._draw_batch(recipe, text, np.asarray(seeds)[rows], negative, scale)[:n])
         return np.concatenate(pictures)
 
-    def _check(self, recipe: "Recipe") -> None:
+    def _sample_config(self, settings: dict[str, Any]) -> ConfigDict:
+        """The run's config with other keys of ``sample``, where they are not None."""
+        from dit_jax.build import config_errors
+
+        config = self.config.copy_and_resolve_references()
+        if unknown := set(settings) - set(config.sample):
+            raise ConfigError(f"unknown {', '.join(sorted(unknown))}; settings are {', '.join(sorted(config.sample))}")
+        with config_errors("sample"):
+            config.sample.update({key: value for key, value in settings.items() if value is not None})
+        check_ranges(config)
+        return config
+
+    def _check_size(self, recipe: "Recipe") -> None:
         unit = self.vae.factor * self.config.model.patch_size
         if any(side < unit or side % unit for side in (recipe.height, recipe.width)):
             size = f"{recipe.height} x {recipe.width}"
             raise ConfigError(f"a picture of {size}: height and width must be multiples of {unit}")
-        if recipe.steps < 1:
-            raise ConfigError(f"steps is {recipe.steps}; it must be 1 or more")
 
     def _draw_batch(
         self, recipe: "Recipe", text: TextStates, seeds: np.ndarray, negative: TextStates | None, scale: float
@@ -197,8 +217,10 @@ class Pipeline:
         from dit_jax.diffusion import guidance, samplers
 
         h, w = recipe.height // self.vae.factor, recipe.width // self.vae.factor
-        grid = build.make_grid(self.config, recipe.grid, self._process, recipe.steps)
-        sampler = build.make_sampler(self.config, recipe.sampler, self._process, grid)
+        config = self._sample_config(dict(recipe.settings))
+        grid = build.make_grid(config, self._process)
+        sampler = build.make_sampler(config, self._process, grid)
+        correction = build.make_correction(config)
 
         def draw(params, keys, text, negative, scale):
             def apply(*args, method):
@@ -210,23 +232,27 @@ class Pipeline:
             if negative is None:
                 negative = apply(len(keys), method="null_text")
             text, negative = (apply(states, method="prepare_text") for states in (text, negative))
-            denoise = guidance.classifier_free(predict, self._process, text, negative, scale if recipe.guided else 1)
+            segments = [(0, len(grid) - 1, guidance.conditional(predict, self._process, text))]
+            if recipe.guided:
+                guided = guidance.classifier_free(predict, self._process, text, negative, scale, correction)
+                segments = guidance.segments(grid, config.sample.guidance_interval, guided, segments[0][-1])
             x = samplers.draw_prior(keys, (h, w, self._model.in_channels))
-            x = samplers.run(sampler, keys, x, grid, [(0, recipe.steps, denoise)])
+            x = samplers.run(sampler, keys, x, grid, segments)
             return self._latents.to_raw(x)
 
         return jax.jit(draw)
 
 
 class Recipe(NamedTuple):
-    """What one compiled sampler is made for. The guidance scale is its argument, but for 1: that is no guidance."""
+    """What one compiled sampler is made for. The guidance scale is its argument, but for 1: that is no guidance.
+
+    ``settings`` are all other keys of ``sample`` in the config, as pairs.
+    """
 
     height: int
     width: int
-    sampler: str
-    steps: int
-    grid: str
     guided: bool
+    settings: tuple[tuple[str, Any], ...]
 
 
 def make_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
@@ -266,6 +292,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="picture i has seed + i")
     parser.add_argument("--steps", type=int, help="default: the run's")
     parser.add_argument("--guidance_scale", type=float, help="1 is off; default: the run's")
+    parser.add_argument(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guide at times from LOW to HIGH, 0 is the picture and 1 noise; default: the run's",
+    )
+    parser.add_argument("--guidance_rescale", type=float, help="0 is off .. 1; default: the run's")
+    parser.add_argument("--apg_parallel", type=float, help="1 is off .. 0; default: the run's")
+    parser.add_argument("--apg_norm", type=float, help="0 is off; default: the run's")
     parser.add_argument("--negative_prompt", help="default: the learned null caption")
     parser.add_argument("--sampler", help="ddpm | ddim | dpmpp_2m | euler | euler_ancestral | heun; default: the run's")
     parser.add_argument("--grid", help="times of the steps: uniform | trailing | karras | shifted; default: the run's")
@@ -314,10 +350,14 @@ def _draw(args: argparse.Namespace) -> None:
         num_images=args.num_images,
         negative_prompt=args.negative_prompt,
         sampler=args.sampler,
-        grid=args.grid,
         height=args.height,
         width=args.width,
         long_prompt=args.long_prompt,
+        grid=args.grid,
+        guidance_interval=args.guidance_interval and tuple(args.guidance_interval),
+        guidance_rescale=args.guidance_rescale,
+        apg_parallel=args.apg_parallel,
+        apg_norm=args.apg_norm,
     )
     for i, image in enumerate(images):
         path = args.output / f"{i:05d}.png"

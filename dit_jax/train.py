@@ -92,8 +92,7 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
     dtype = build.compute_dtype(config.dtype, jax.devices()[0])
     model, process = build.make_model(config, dtype), build.make_process(config)
     build.make_times(config, process)  # needed later: what cannot be is refused before anything is written
-    grid = build.make_grid(config, config.sample.grid, process, config.sample.steps)
-    build.make_sampler(config, config.sample.sampler, process, grid)
+    build.make_sampler(config, process, build.make_grid(config, process))
     optimizer, learning_rate = build.make_optimizer(config)
     identity = {"data": source.fingerprint(), "vae": vae.sha256, "text_encoder": text_encoder.sha256}
 

@@ -1,11 +1,15 @@
 """Drawing: a picture depends on its prompt and seed alone, and the program says what it does."""
 
+import functools
+
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from dit_jax import sample
 from dit_jax.errors import CheckpointError, ConfigError
+from dit_jax.models.dit import DiT
 from dit_jax.sample import Pipeline
 
 PROMPTS = ["a large red circle", "a small blue square", "a small green star above a large pink cross"]
@@ -45,8 +49,53 @@ def test_seed_guidance_sampler_steps_and_negative_prompt_all_act(pipe):
         {"sampler": "heun"},
         {"sampler": "euler"},
         {"steps": 5},
+        {"grid": "shifted"},
+        {"guidance_interval": (0.0, 0.6)},
+        {"guidance_rescale": 1.0},
+        {"apg_parallel": 0.0},
+        {"apg_norm": 0.5},
     ):
         assert np.abs(arrays(pipe(PROMPTS[:1], **{"guidance_scale": 3.0, **change})) - base).max() > 1, change
+
+
+def count_flops(pipe, monkeypatch, scale, optimized=True, **settings):
+    """Of the sampler of one picture with its steps unrolled: the counter takes the body of a loop once."""
+    lowered = []
+
+    def only_lowered(recipe):
+        def latents(*args):
+            lowered.append(pipe._compile(recipe).lower(*args))
+            return np.zeros((1, 8, 8, 4), np.float32)
+
+        return latents
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.lax, "scan", functools.partial(jax.lax.scan, unroll=True))
+        patch.setattr(pipe, "_compiled", only_lowered)
+        pipe.draw(PROMPTS[:1], [0], guidance_scale=scale, steps=8, **settings)
+    return (lowered[0].compile() if optimized else lowered[0]).cost_analysis()["flops"]
+
+
+def test_outside_the_interval_the_second_pass_is_not_computed(pipe, monkeypatch):
+    never = count_flops(pipe, monkeypatch, 1.0)
+    always = count_flops(pipe, monkeypatch, 3.0)
+    assert 1.8 * never < always < 2.2 * never
+    some = count_flops(pipe, monkeypatch, 3.0, guidance_interval=(0.3, 0.8))  # t = 0.75, 0.625, 0.5, 0.375 of 8
+    # the negative text is prepared once in both; a step more or less would be 8 %
+    assert some == pytest.approx(never + 4 / 8 * (always - never), rel=0.04)
+
+
+def test_text_is_prepared_once_and_not_at_every_step(pipe, monkeypatch):
+    once = count_flops(pipe, monkeypatch, 1.0, optimized=False)
+    prepare = DiT.prepare_text
+    monkeypatch.setattr(DiT, "predict", lambda self, x, t, text, train, predict=DiT.predict: predict(
+        self, x, t, prepare(self, text), train))  # fmt: skip
+    monkeypatch.setattr(DiT, "prepare_text", lambda self, text: text)
+    every_step = count_flops(pipe, monkeypatch, 1.0, optimized=False)
+    m = pipe.config.model
+    S, E, D, width = m.text_length, m.text_width, m.hidden_size, m.num_heads * m.attention_head_dim
+    text = 2 * (S * E * D + m.num_layers * S * D * 2 * width)  # projection of the tokens; keys and values of each block
+    assert every_step - once == pytest.approx(7 * text, rel=0.2)  # biases and the pooled vector come on top
 
 
 def test_raw_and_averaged_parameters_differ(tiny_run, pipe):
@@ -112,7 +161,11 @@ def test_a_prompt_of_200_words_draws_with_a_warning_or_is_an_error(tiny_run, tmp
         (["--prompt=x", "--seed=-1"], 2, "seeds from -1 to -1; they must be in [0, 2**32)"),
         (["--prompt=x", "--seed=4294967295", "--num_images=2"], 2, "seeds from 4294967295 to 4294967296"),
         (["--prompt=x", "--num_images=0"], 2, "--num_images is 0"),
-        (["--prompt=x", "--sampler=magic"], 2, "sampler is 'magic'; it can be ddpm, ddim, euler, heun"),
+        (
+            ["--prompt=x", "--sampler=magic"],
+            2,
+            "sampler is 'magic'; it can be ddpm, ddim, dpmpp_2m, euler, euler_ancestral, heun",
+        ),
     ],
 )
 def test_mistakes_end_in_one_line(tiny_run, tmp_path, capsys, monkeypatch, flags, code, says):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax.diffusion.guidance import classifier_free, conditional
+from dit_jax.diffusion.guidance import NO_CORRECTION, Correction, classifier_free, conditional, guide, segments
 from dit_jax.diffusion.process import Process
 from dit_jax.diffusion.schedules import make_schedule
 
@@ -81,6 +81,49 @@ def test_a_traced_scale_guides_like_a_static_one_without_compiling_again():
         static = jax.jit(classifier_free(Network(), process, TEXT, NULL, scale))(X_T, T).x0
         np.testing.assert_allclose(denoise(scale), static, rtol=1e-5, atol=1e-5)
     assert network.batches == [2 * B]
+
+
+def guided_by_hand(c, u, g, rescale, parallel, norm):
+    """Sadat et al. 2024, algorithm 1 without momentum, then Lin et al. 2023, eqs. 15 and 16; one sample, float64."""
+    d = c - u
+    if norm:
+        d = d * min(1, norm / np.linalg.norm(d))
+    unit = c / np.linalg.norm(c)
+    along = np.sum(d * unit) * unit
+    x = c + (g - 1) * (d - along + parallel * along)
+    return rescale * x * c.std() / x.std() + (1 - rescale) * x
+
+
+@pytest.mark.parametrize(
+    ("rescale", "parallel", "norm"), [(0.7, 1.0, 0.0), (0.0, 0.0, 0.0), (0.0, 1.0, 0.8), (0.4, 0.3, 1.1)]
+)
+def test_corrections_are_their_papers_and_combine(rescale, parallel, norm):
+    process, network = process_of("v"), Network()
+    c, u = (np.asarray(jax.jit(conditional(network, process, text))(X_T, T).x0, np.float64) for text in (TEXT, NULL))
+    correction = Correction(rescale, parallel, norm)
+    guided = jax.jit(classifier_free(network, process, TEXT, NULL, 5.0, correction))(X_T, T)
+    expected = np.stack([guided_by_hand(a, b, 5.0, rescale, parallel, norm) for a, b in zip(c, u, strict=True)])
+    np.testing.assert_allclose(guided.x0, expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(guided.x0 - guide(c, u, 5.0, NO_CORRECTION)).max() > 0.01
+
+
+def test_a_corrected_scale_of_one_is_still_the_conditional_network():
+    c, u = jax.random.normal(jax.random.key(4), (2, B, 2, 2, C))
+    np.testing.assert_allclose(guide(c, u, 1.0, Correction(0.5, 0.2, 0.1)), c, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [
+        ((0.0, 1.0), [(0, 4, "guided")]),
+        ((0.5, 0.75), [(0, 1, "plain"), (1, 3, "guided"), (3, 4, "plain")]),
+        ((0.6, 1.0), [(0, 2, "guided"), (2, 4, "plain")]),
+        ((0.8, 0.9), [(0, 4, "plain")]),
+    ],
+)
+def test_the_interval_cuts_the_steps_into_segments(interval, expected):
+    grid = np.array([1, 0.75, 0.5, 0.25, 0], np.float32)
+    assert segments(grid, interval, "guided", "plain") == expected
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
