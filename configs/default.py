@@ -79,9 +79,14 @@ def get_config() -> ConfigDict:
     c.diffusion.schedule = "scaled_linear"  # linear | scaled_linear | cosine | edm | rectified_flow
     c.diffusion.shift = 1.0  # resolution shift s of rectified_flow
     c.diffusion.prediction = "epsilon"  # epsilon | v | x0 | flow
-    c.diffusion.times = "uniform"  # uniform | logit_normal
+    c.diffusion.times = "uniform"  # uniform | stratified | logit_normal | log_normal (usual for edm)
     c.diffusion.logit_mean = 0.0  # logit_normal only
     c.diffusion.logit_std = 1.0
+    c.diffusion.noise_mean = -1.2  # log_normal only: of ln(sigma / alpha)
+    c.diffusion.noise_std = 1.2
+    c.diffusion.weighting = "uniform"  # of the loss over times: uniform | min_snr | sigmoid
+    c.diffusion.min_snr_gamma = 5.0  # min_snr only
+    c.diffusion.sigmoid_bias = 0.0  # sigmoid only: larger counts times with less noise too
     c.caption_dropout = 0.1  # captions replaced by the learned null caption, for guidance
 
     # ---- the model: the fields of dit_jax.models.dit.DiT

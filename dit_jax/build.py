@@ -7,7 +7,7 @@ what completes it in `dit_jax.resolve`.
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dit_jax.data.shapes_world import ShapesWorld
     from dit_jax.data.sources.records import Source
     from dit_jax.diffusion.guidance import Correction
+    from dit_jax.diffusion.objectives import Times, Weight
     from dit_jax.diffusion.process import Process
     from dit_jax.diffusion.samplers import Sampler
     from dit_jax.encoders import VAE, TextEncoder, TextShape, VAEShape
@@ -188,6 +189,7 @@ def make_step(
         model=model,
         process=process,
         sample_times=make_times(config, process),
+        weight=make_weight(config, process),
         to_model_latents=make_latents(config).to_model,
         optimizer=optimizer,
         learning_rate=learning_rate,
@@ -290,17 +292,33 @@ def make_identity(
     }
 
 
-def make_times(config: ConfigDict, process: "Process") -> Callable[[jax.Array], jax.Array]:
-    """Keys ``[B]`` -> training times ``[B]``."""
+def make_times(config: ConfigDict, process: "Process") -> "Times":
+    """At which times a network is trained."""
     from dit_jax.diffusion import objectives
 
     d = config.diffusion
     choices = {
         "uniform": lambda: objectives.uniform(process.schedule),
+        "stratified": lambda: objectives.stratified(process.schedule, config.batch_size),
         "logit_normal": lambda: objectives.logit_normal(process.schedule, d.logit_mean, d.logit_std),
+        "log_normal": lambda: objectives.log_normal(process.schedule, d.noise_mean, d.noise_std),
     }
     with config_errors("diffusion"):
         return choose("diffusion.times", d.times, choices)()
+
+
+def make_weight(config: ConfigDict, process: "Process") -> "Weight | None":
+    """How much the loss at a time counts; None where all times count alike."""
+    from dit_jax.diffusion import objectives
+
+    d = config.diffusion
+    choices = {
+        "uniform": lambda: None,
+        "min_snr": lambda: objectives.min_snr(process, d.min_snr_gamma),
+        "sigmoid": lambda: objectives.sigmoid(process, d.sigmoid_bias),
+    }
+    with config_errors("diffusion"):
+        return choose("diffusion.weighting", d.weighting, choices)()
 
 
 def make_latents(config: ConfigDict) -> "LatentScale":

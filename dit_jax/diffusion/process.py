@@ -151,6 +151,20 @@ class Process:
             f"it must return {channels}, or {2 * channels} with a learned variance"
         )
 
+    def slope(self, t: Array) -> Array:
+        """How much the network's own target changes with x0 at a given x_t, without its sign: ``[B]`` -> ``[B]``.
+
+        Eqs. 5 to 8, solved for the target; infinite at sigma = 0 but for x0.
+        """
+        c = self._coefficients(t, 1)
+        slopes = {
+            "x0": jnp.ones_like(c.alpha),
+            "epsilon": c.alpha / c.sigma,
+            "v": (c.alpha**2 + c.sigma**2) / c.sigma,
+            "flow": (c.alpha * c.d_sigma - c.sigma * c.d_alpha) / c.sigma,
+        }
+        return slopes[self.prediction]
+
     def convert(self, prediction: Array, x_t: Array, t: Array) -> Targets:
         """Reads a prediction ``[B, h, w, C]``, made at x_t and t ``[B]``, as every target. Eqs. 5 to 8."""
         return self._complete(self.prediction, prediction, x_t, t)

@@ -43,7 +43,8 @@ class TrainStep:
     Attributes:
       model: predicts from ``(x_t, t, text)``.
       process: corrupts latents and knows what the prediction means.
-      sample_times: keys ``[B]`` -> times ``[B]``.
+      sample_times: keys ``[B]`` and places ``[B]`` -> times ``[B]``.
+      weight: times ``[B]`` -> weights of the loss; None weighs all times alike.
       to_model_latents: raw latents -> latents of about unit variance.
       optimizer: gradients to updates for a learning rate of 1.
       learning_rate: global step -> what the updates are multiplied by.
@@ -56,7 +57,8 @@ class TrainStep:
 
     model: DiT
     process: Process
-    sample_times: Callable[[Array], Array]
+    sample_times: objectives.Times
+    weight: objectives.Weight | None
     to_model_latents: Callable[[Array], Array]
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
@@ -77,11 +79,12 @@ class TrainStep:
         scale = state.loss_scale.scale if float16 else 1.0
         loss_and_grad = jax.value_and_grad(lambda *args: scale * self.loss(*args))
         A = self.accumulate  # slice a holds every sample with i % A == a, so that each slice lies on all devices
-        slices = jax.tree.map(lambda x: x.reshape(B // A, A, *x.shape[1:]).swapaxes(0, 1), (batch, keys))
+        places = jnp.arange(B, dtype=jnp.float32) / B
+        slices = jax.tree.map(lambda x: x.reshape(B // A, A, *x.shape[1:]).swapaxes(0, 1), (batch, keys, places))
 
         def add_slice(total, part):
-            (batch, keys), dropout_key = part
-            return jax.tree.map(jnp.add, total, loss_and_grad(state.params, batch, keys, dropout_key)), None
+            (batch, keys, places), dropout_key = part
+            return jax.tree.map(jnp.add, total, loss_and_grad(state.params, batch, keys, places, dropout_key)), None
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
         if self.accumulate == 1:
@@ -115,14 +118,14 @@ class TrainStep:
             options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
         return jax.jit(self, donate_argnums=0).lower(state, batch).compile(options)
 
-    def loss(self, params: Any, batch: Batch, keys: Array, dropout_key: Array) -> Array:
-        """Mean loss over a batch whose samples draw from ``keys [B]``; float32 scalar."""
+    def loss(self, params: Any, batch: Batch, keys: Array, places: Array, dropout_key: Array) -> Array:
+        """Mean loss of samples that draw from ``keys [B]`` and stand at ``places [B]`` of the batch; float32 scalar."""
         B = keys.shape[0]
         key_latents, key_time, key_noise, key_caption = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys)
         mean, std, hidden, pooled = (batch[key].astype(jnp.float32) for key in ("mean", "std", "hidden", "pooled"))
         noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(key_latents)
         x0 = self.to_model_latents(mean + std * noise)
-        t = self.sample_times(key_time)
+        t = self.sample_times(key_time, places)
         x_t, targets = self.process.corrupt(key_noise, x0, t)
 
         text = TextStates(hidden, pooled, batch["mask"])
@@ -133,4 +136,5 @@ class TrainStep:
         text = jax.tree.map(lambda n, y: jnp.where(drop.reshape(B, *[1] * (y.ndim - 1)), n, y), null, text)
 
         prediction = self.model.apply({"params": params}, x_t, t, text, train=True, rngs={"dropout": dropout_key})
-        return objectives.loss(self.process, prediction, targets, x_t, t).mean()
+        loss = objectives.loss(self.process, prediction, targets, x_t, t)
+        return (loss if self.weight is None else loss * self.weight(t)).mean()

@@ -11,11 +11,12 @@ from dit_jax.diffusion.process import Process
 from dit_jax.diffusion.schedules import make_schedule
 
 KEYS = jax.random.split(jax.random.key(0), 4000)
+PLACES = jnp.arange(4000) / 4000
 STRAIGHT = make_schedule("rectified_flow", 1.0)
 
 
 def test_uniform_times_are_uniform_and_never_zero():
-    t = np.asarray(jax.jit(objectives.uniform(STRAIGHT))(KEYS))
+    t = np.asarray(jax.jit(objectives.uniform(STRAIGHT))(KEYS, PLACES))
     assert t.shape == (4000,) and t.dtype == np.float32
     assert t.min() > 0 and t.max() <= 1
     assert stats.kstest(t, "uniform").pvalue > 0.01
@@ -23,28 +24,101 @@ def test_uniform_times_are_uniform_and_never_zero():
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.5, 1.6)])
 def test_logit_normal_times_have_normal_logits(mean, std):
-    t = np.asarray(objectives.logit_normal(STRAIGHT, mean, std)(KEYS), np.float64)
+    t = np.asarray(objectives.logit_normal(STRAIGHT, mean, std)(KEYS, PLACES), np.float64)
     assert t.min() > 0 and t.max() < 1
     logit = np.log(t / (1 - t))
     assert abs(logit.mean() - mean) < 0.06 * std and abs(logit.std() - std) < 0.05 * std
     assert stats.kstest(logit, "norm", (mean, std)).pvalue > 0.01
 
 
-@pytest.mark.parametrize("times", [objectives.uniform, lambda schedule: objectives.logit_normal(schedule, 0.0, 1.0)])
+@pytest.mark.parametrize("times", [
+    objectives.uniform,
+    lambda schedule: objectives.stratified(schedule, 4000),
+    lambda schedule: objectives.logit_normal(schedule, 0.0, 1.0),
+])  # fmt: skip
 def test_the_schedule_shifts_training_times(times):
-    t = np.asarray(times(STRAIGHT)(KEYS), np.float64)
-    shifted = times(make_schedule("rectified_flow", 3.0))(KEYS)
+    t = np.asarray(times(STRAIGHT)(KEYS, PLACES), np.float64)
+    shifted = times(make_schedule("rectified_flow", 3.0))(KEYS, PLACES)
     np.testing.assert_allclose(shifted, 3 * t / (1 + 2 * t), rtol=1e-5)
 
 
 def test_the_time_of_a_sample_depends_on_its_key_alone():
     times = objectives.logit_normal(STRAIGHT, 0.0, 1.0)
-    np.testing.assert_allclose(times(KEYS[7:9]), times(KEYS)[7:9], rtol=1e-6)
+    np.testing.assert_allclose(times(KEYS[7:9], PLACES[7:9]), times(KEYS, PLACES)[7:9], rtol=1e-6)
 
 
-def test_logit_normal_refuses_a_std_of_zero():
+def test_stratified_times_have_one_sample_in_every_stratum():
+    times = objectives.stratified(STRAIGHT, 64)
+    t = np.asarray(jax.jit(times)(KEYS, jnp.tile(jnp.arange(64) / 64, 63)[:4000]), np.float64)
+    for batch in t[: 62 * 64].reshape(62, 64):
+        assert sorted(np.ceil(batch * 64 - 1e-4).astype(int).tolist()) == list(range(1, 65))
+    assert stats.kstest(t, "uniform").pvalue > 0.01 and t.min() > 0
+
+
+@pytest.mark.parametrize("name", ["edm", "cosine", "rectified_flow"])
+def test_log_normal_times_have_normal_logarithms_of_the_noise_level(name):
+    schedule = make_schedule(name, 1.0)
+    t = jax.jit(objectives.log_normal(schedule, -1.2, 1.2))(KEYS, PLACES)
+    level = -np.asarray(schedule.log_snr(t), np.float64) / 2
+    assert stats.kstest(level, "norm", (-1.2, 1.2)).pvalue > 0.01
+
+
+@pytest.mark.parametrize("make", [objectives.logit_normal, objectives.log_normal])
+def test_a_std_of_zero_is_refused(make):
     with pytest.raises(ValueError, match="above 0, not 0.0"):
-        objectives.logit_normal(STRAIGHT, 0.0, 0.0)
+        make(STRAIGHT, 0.0, 0.0)
+
+
+# Hang et al. 2023, section 3.4, and the flow of rectified flow by the same argument.
+MIN_SNR = {
+    "x0": lambda snr: min(snr, 5.0),
+    "epsilon": lambda snr: min(snr, 5.0) / snr,
+    "v": lambda snr: min(snr, 5.0) / (snr + 1),
+}
+
+
+@pytest.mark.parametrize("prediction", MIN_SNR)
+def test_min_snr_is_the_papers_for_every_target(prediction):
+    process = Process(make_schedule("cosine", 1.0), prediction)
+    t = jnp.linspace(0.05, 0.95, 19)
+    snr = np.exp(np.asarray(process.schedule.log_snr(t), np.float64))
+    np.testing.assert_allclose(objectives.min_snr(process, 5.0)(t), [MIN_SNR[prediction](s) for s in snr], rtol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "edm", "rectified_flow"])
+@pytest.mark.parametrize("weight", [lambda p: objectives.min_snr(p, 5.0), lambda p: objectives.sigmoid(p, -1.0)])
+def test_a_weighted_error_is_the_same_whatever_the_network_predicts(weight, schedule):
+    """One wrong x0, said as every target: after weighing, one loss."""
+    t = jnp.array([0.2, 0.5, 0.8])
+    x0 = jax.random.normal(jax.random.key(1), (3, 4, 4, 2))
+    losses = {}
+    for prediction in ("x0", "epsilon", "v", "flow"):
+        process = Process(make_schedule(schedule, 1.0), prediction)
+        x_t, targets = process.corrupt(KEYS[:3], x0, t)
+        wrong = getattr(process.from_x0(x0 + 0.1 * jnp.sin(x0), x_t, t), prediction)
+        losses[prediction] = objectives.loss(process, wrong, targets, x_t, t) * weight(process)(t)
+    for prediction, loss in losses.items():
+        np.testing.assert_allclose(loss, losses["x0"], rtol=2e-3, err_msg=prediction)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "epsilon", "v", "flow"])
+@pytest.mark.parametrize("weight", [lambda p: objectives.min_snr(p, 5.0), lambda p: objectives.sigmoid(p, -1.0)])
+def test_weights_are_finite_to_the_ends(weight, prediction):
+    for schedule in ("edm", "cosine", "rectified_flow"):
+        found = weight(Process(make_schedule(schedule, 1.0), prediction))(jnp.array([1e-6, 0.5, 1.0]))
+        assert np.isfinite(found).all() and (np.asarray(found) >= 0).all()
+
+
+def test_sigmoid_weighs_epsilon():
+    process = Process(make_schedule("cosine", 1.0), "epsilon")
+    t = jnp.linspace(0.05, 0.95, 19)
+    log_snr = np.asarray(process.schedule.log_snr(t), np.float64)
+    np.testing.assert_allclose(objectives.sigmoid(process, -2.0)(t), 1 / (1 + np.exp(log_snr + 2)), rtol=1e-4)
+
+
+def test_a_gamma_of_zero_is_refused():
+    with pytest.raises(ValueError, match="gamma of min_snr must be above 0, not 0"):
+        objectives.min_snr(Process(STRAIGHT, "flow"), 0)
 
 
 @pytest.mark.parametrize("prediction", ["x0", "epsilon", "v", "flow"])

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from dit_jax.diffusion.objectives import min_snr, stratified
 from dit_jax.sharding import make_mesh, put_batch, replicated
 from tests.toy import Toy
 from tests.toy_step import B, make_batch, make_state, make_step
@@ -79,6 +80,16 @@ def test_accumulation_and_devices_change_nothing(toy, batch, plain):
     assert_close(spread, plain)
 
 
+def test_strata_and_weights_are_of_the_whole_batch(toy, batch, plain):
+    """Slices of a batch share its strata; and a weight of the time acts on the loss of its own sample."""
+    process = make_step(toy).process
+    options = {"sample_times": stratified(process.schedule, B), "weight": min_snr(process, 5.0)}
+    whole, cut = (make_step(toy, accumulate=accumulate, **options) for accumulate in (1, 2))
+    found = jax.jit(whole)(make_state(toy, whole), batch)
+    assert_close(jax.jit(cut)(make_state(toy, cut), batch), found)
+    assert abs(float(found[1]["loss"]) - float(plain[1]["loss"])) > 1e-3
+
+
 def test_randomness_is_of_the_step_and_the_seed(toy, batch, plain):
     for step, at in ((make_step(toy), 101), (make_step(toy, seed=4), 100)):
         _, metrics = jax.jit(step)(make_state(toy, step, at), batch)
@@ -105,6 +116,6 @@ def test_masked_tokens_behind_the_longest_caption_can_be_left_out(toy, batch):
     short = batch["mask"].shape[1] - 1
     masked = {**batch, "mask": batch["mask"] & (np.arange(short + 1) < short)}
     trimmed = {**masked, "hidden": masked["hidden"][:, :short], "mask": masked["mask"][:, :short]}
-    keys = jax.random.split(jax.random.key(0), B)
-    losses = [jax.jit(step.loss)(toy.params, b, keys, jax.random.key(1)) for b in (masked, trimmed, batch)]
+    keys, places = jax.random.split(jax.random.key(0), B), jnp.zeros(B)
+    losses = [jax.jit(step.loss)(toy.params, b, keys, places, jax.random.key(1)) for b in (masked, trimmed, batch)]
     assert np.isclose(losses[0], losses[1], rtol=1e-6) and not np.isclose(losses[0], losses[2], rtol=1e-6)
