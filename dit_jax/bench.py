@@ -1,7 +1,8 @@
-"""Measures what a model takes.
+"""Measures what a model takes, and what samplers give.
 
     python -m dit_jax.bench memory --config=configs/small.py [--config.key=value ...]
     python -m dit_jax.bench data   --config=configs/small.py [--config.data.source=cache:FOLDER]
+    python -m dit_jax.bench sampling --config=configs/small.py [--config.sample.grid=trailing]
 
 ``memory``: for every ``model.remat``, what the backward pass keeps of the forward one, and what the compiled train step
 sets aside on each device; with the batch size, picture size and dtype of the config. It needs neither data nor the
@@ -10,6 +11,9 @@ weights of the encoders.
 ``data``: samples per second of the whole loader, as a run has it: order, gathering with padded text, batches, and then
 also the way to the devices; and the bytes that a sample takes on disk. Where the config names no cache, it makes one
 up that has the sizes of its encoders.
+
+``sampling``: how far every sampler is from the truth for so many evaluations of the network, with a mixture of
+Gaussians in place of data and its exact denoiser in place of the network, on the schedule and grid of the config.
 """
 
 import argparse
@@ -39,6 +43,9 @@ RECORDS, PER_SHARD = 20_000, 4096  # of a cache that is made up
 THREADS = (1, 2, 4)
 DEPTH = 2  # batches on the devices beyond the one in use
 WARM_UP = 20  # batches
+EVALUATIONS = (5, 8, 10, 15, 20, 30, 50)
+DRAWS = (1024, (4, 4, 1))  # images of a sampler, and the shape of each: every element is a draw of its own
+EXACT = 1000  # steps of Heun's method whose end counts as exact
 ROUNDS, SECONDS = 3, 2.0  # of every measurement; the best counts, because other programs can only slow it
 
 
@@ -184,7 +191,57 @@ def _per_second(stream: Any) -> float:
         return count / (time.perf_counter() - begin)
 
 
-MEASURES = {"memory": memory, "data": data}
+def sampling(spec: str, overrides: dict[str, str]) -> None:
+    """Print the errors of all samplers on a mixture of Gaussians, as two Markdown tables."""
+    import dataclasses
+
+    import jax
+    import numpy as np
+
+    from dit_jax import build
+    from dit_jax.diffusion import mixture, samplers
+
+    config = load_config(spec, overrides)
+    process = dataclasses.replace(build.make_process(config), prediction="v")  # the denoiser is exact: any would do
+    denoise = mixture.make_denoise(process)
+    count, shape = DRAWS
+    keys = jax.random.split(jax.random.key(config.seed), count)
+
+    def draw(name: str, steps: int) -> np.ndarray:
+        config.sample.sampler, config.sample.steps = name, steps
+        grid = build.make_grid(config, process)
+        sampler = build.make_sampler(config, process, grid)
+
+        def run(keys: jax.Array) -> jax.Array:
+            return samplers.run(sampler, keys, samplers.draw_prior(keys, shape), grid, [(0, steps, denoise)])
+
+        return np.asarray(jax.jit(run)(keys), np.float64).ravel()
+
+    exact = draw("heun", EXACT)
+    truth = mixture.quantiles((np.arange(exact.size) + 0.5) / exact.size)
+    random = np.random.default_rng(0).uniform(size=exact.size)
+    floor = np.abs(np.sort(mixture.quantiles(random)) - truth).mean()
+    grid = f"schedule {config.diffusion.schedule}, grid {config.sample.grid}"
+    found = {
+        (name, n): draw(name, n // evaluations)
+        for name, evaluations in (("euler", 1), ("dpmpp_2m", 1), ("heun", 2), ("ddpm", 1))
+        for n in EVALUATIONS
+    }
+    header = "| sampler | " + " | ".join(map(str, EVALUATIONS)) + " |\n|---|" + "---|" * len(EVALUATIONS)
+    print(f"root mean square distance from the exact solution, by evaluations; {grid}\n{header}")
+    for name in ("euler", "dpmpp_2m", "heun"):
+        errors = [np.sqrt(np.mean((found[name, n] - exact) ** 2)) for n in EVALUATIONS]
+        print(f"| {name} | " + " | ".join(f"{error:.4f}" for error in errors) + " |")
+    print(
+        f"\nWasserstein distance of {exact.size:,} draws from the mixture, by evaluations; {grid};"
+        f" as many true draws have {floor:.4f}\n{header}"
+    )
+    for name in ("euler", "dpmpp_2m", "heun", "ddpm"):
+        errors = [np.abs(np.sort(found[name, n]) - truth).mean() for n in EVALUATIONS]
+        print(f"| {name} | " + " | ".join(f"{error:.4f}" for error in errors) + " |", flush=True)
+
+
+MEASURES = {"memory": memory, "data": data, "sampling": sampling}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -193,7 +250,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m dit_jax.bench", description="Measure what a model takes.", allow_abbrev=False
     )
     parser.add_argument(
-        "what", choices=MEASURES, help="memory: of the train step, by model.remat | data: speed and size of a cache"
+        "what",
+        choices=MEASURES,
+        help="memory: of the train step, by model.remat | data: speed, size of a cache | sampling: error of samplers",
     )
     parser.add_argument("--config", required=True, help="FILE.py, FILE.py:key=value,key=value or a run's config.json")
     add_flags(parser)

@@ -86,3 +86,17 @@ def test_bench_data_counts_the_bytes_of_the_cache_that_is_named(capsys, monkeypa
     for what, taken, others in (("text", text, 0), ("all", text + rest, rest)):
         two, four = (f"{others + padded * n:,.0f}: {(others + padded * n) / taken:.1f} x" for n in (2, 4))
         assert f"| {what} | {taken:,.0f} | {two} | {four} |" in said
+
+
+def test_bench_sampling_ranks_the_samplers_by_their_order(capsys, monkeypatch):
+    for name, value in {"EVALUATIONS": (10, 40), "DRAWS": (16, (4, 4, 1)), "EXACT": 100}.items():
+        monkeypatch.setattr(bench, name, value)
+    bench.main(["sampling", f"--config={CONFIG}"])
+    said = capsys.readouterr().out
+    errors = {
+        name: [float(a), float(b)]
+        for name, a, b in re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \|$", said, re.M)[1:4]
+    }
+    assert 3 < errors["euler"][0] / errors["euler"][1] < 5  # first order
+    assert errors["dpmpp_2m"][0] / errors["dpmpp_2m"][1] > 8 and errors["heun"][0] / errors["heun"][1] > 8  # second
+    assert errors["dpmpp_2m"][1] < errors["euler"][1]

@@ -4,7 +4,9 @@
     process      noising, and the algebra between x0, epsilon, v and flow
     objectives   at which times to train, and the loss
     guidance     from a network and a text to ``denoise(x_t, t)``
+    grids        at which times
     samplers     from noise to a latent, by many calls of ``denoise``
+    mixture      data whose denoiser is known, to measure samplers by
 
 All this package knows of the network is ``predict(x_t, t, text)``; the text is an opaque pytree.
 """

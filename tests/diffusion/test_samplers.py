@@ -7,38 +7,16 @@ import pytest
 
 from dit_jax.diffusion import samplers
 from dit_jax.diffusion.grids import uniform
+from dit_jax.diffusion.mixture import expected_x0, make_denoise
 from dit_jax.diffusion.process import Process
 from dit_jax.diffusion.schedules import make_schedule
-
-# A mixture of three Gaussians on the line: weight, mean, standard deviation.
-MIXTURE = np.array([[0.3, -1.5, 0.4], [0.5, 0.2, 0.3], [0.2, 1.8, 0.5]])
-
-
-def mixture_x0(xp, x, alpha, sigma):
-    """E[x0 | x_t = x] under the mixture, by Bayes: each component is a Gaussian seen through the noise."""
-    top, bottom = 0.0, 0.0
-    for weight, mean, std in MIXTURE:
-        variance = alpha**2 * std**2 + sigma**2
-        likelihood = weight * xp.exp(-((x - alpha * mean) ** 2) / (2 * variance)) / xp.sqrt(variance)
-        top = top + likelihood * (mean + alpha * std**2 / variance * (x - alpha * mean))
-        bottom = bottom + likelihood
-    return top / bottom
-
-
-def mixture_denoise(process):
-    def denoise(x_t, t):
-        column = t[:, None, None, None]
-        alpha, sigma = process.schedule.alpha(column), process.schedule.sigma(column)
-        return process.from_x0(mixture_x0(jnp, x_t, alpha, sigma), x_t, t)
-
-    return denoise
 
 
 def runge_kutta(y, ratio_from, ratio_to, steps=400):
     """dy / dr = epsilon with y = x / alpha and r = sigma / alpha, which holds on every schedule: RK4, float64."""
 
     def slope(y, r):
-        return (y - mixture_x0(np, y, 1.0, r)) / r  # y is x_t where alpha = 1 and sigma = r
+        return (y - expected_x0(np, y, 1.0, r)) / r  # y is x_t where alpha = 1 and sigma = r
 
     path = np.geomspace(ratio_from, ratio_to, steps + 1)
     for r, r_next in zip(path[:-1], path[1:], strict=True):
@@ -67,7 +45,7 @@ def smooth_grid(name, steps):
 def test_order_of_convergence(name):
     """Euler's error falls like steps^-1, those of Heun and of dpmpp_2m like steps^-2."""
     process = Process(make_schedule(name, 1.0), "x0")
-    denoise = mixture_denoise(process)
+    denoise = make_denoise(process)
     x_start = np.linspace(-2, 2, 16, dtype=np.float32).reshape(16, 1, 1, 1)
     keys = jax.random.split(jax.random.key(0), 16)
     ends = smooth_grid(name, 1)
