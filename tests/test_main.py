@@ -39,7 +39,7 @@ def test_an_unknown_key_names_the_one_that_was_meant(capsys, tmp_path):
         ("model.modulation", "film", "model.modulation is 'film'; it can be adaln, adaln_zero"),
         ("model.in_channels", "5", "model.in_channels is 5"),
         ("diffusion.prediction", "score", "score"),
-        ("diffusion.times", "beta", "diffusion.times is 'beta'; it can be uniform, logit_normal"),
+        ("diffusion.times", "beta", "diffusion.times is 'beta'; it can be uniform, stratified, logit_normal"),
         ("data.source", "picture:x", "data.source is 'picture:x'; it can be shapes, folder:PATH, jsonl:FILE"),
         ("data.flip", "maybe", "data.flip is 'maybe'; it can be on, off, auto"),
         ("data.crop", "random", "data.crop=random needs data.encode=every_step"),

@@ -38,7 +38,9 @@ def saved_bytes(step: TrainStep, B: int, h: int, w: int) -> int:
     """
     params = jax.eval_shape(lambda key: init_params(step.model, key, h, w), jax.random.key(0))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
-    return residual_bytes(step.loss, params, abstract_batch(step.model, B, h, w, jnp.float32), keys, jax.random.key(0))
+    places = jax.ShapeDtypeStruct((B,), jnp.float32)
+    batch = abstract_batch(step.model, B, h, w, jnp.float32)
+    return residual_bytes(step.loss, params, batch, keys, places, jax.random.key(0))
 
 
 def residual_bytes(function: Callable[..., Any], *args: Any) -> int:
