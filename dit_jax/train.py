@@ -92,6 +92,7 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
     dtype = build.compute_dtype(config.dtype, jax.devices()[0])
     model, process = build.make_model(config, dtype), build.make_process(config)
     build.make_times(config, process)  # needed later: what cannot be is refused before anything is written
+    build.make_weight(config, process)
     build.make_sampler(config, process, build.make_grid(config, process))
     optimizer, learning_rate = build.make_optimizer(config)
     identity = {"data": source.fingerprint(), "vae": vae.sha256, "text_encoder": text_encoder.sha256}

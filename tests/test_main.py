@@ -39,6 +39,7 @@ def test_an_unknown_key_names_the_one_that_was_meant(capsys, tmp_path):
         ("model.modulation", "film", "model.modulation is 'film'; it can be adaln, adaln_zero"),
         ("model.in_channels", "5", "model.in_channels is 5"),
         ("diffusion.prediction", "score", "score"),
+        ("diffusion.weighting", "snr", "diffusion.weighting is 'snr'; it can be uniform, min_snr, sigmoid"),
         ("diffusion.times", "beta", "diffusion.times is 'beta'; it can be uniform, stratified, logit_normal"),
         ("data.source", "picture:x", "data.source is 'picture:x'; it can be shapes, folder:PATH, jsonl:FILE"),
         ("data.flip", "maybe", "data.flip is 'maybe'; it can be on, off, auto"),
@@ -55,7 +56,7 @@ def test_an_unknown_key_names_the_one_that_was_meant(capsys, tmp_path):
 def test_a_value_that_cannot_be_is_refused_before_anything_is_made(capsys, tmp_path, key, value, says):
     code, error = fails(capsys, *tiny_flags(tmp_path / "run"), f"--config.{key}={value}")
     assert code == 2 and says in error, error
-    assert not list((tmp_path / "run").glob("*.jsonl"))
+    assert not list((tmp_path / "run").glob("*.json*"))
 
 
 @pytest.mark.parametrize(

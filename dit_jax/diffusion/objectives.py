@@ -3,8 +3,8 @@
 A time t per sample, from a density on (0, 1] that the schedule's resolution shift then moves:
 
     uniform         t ~ U(0, 1]                                                        (1)
-    stratified      t ~ U((i, i + 1] / B) for sample i of a batch: uniform over all, and
-                    every batch has all times  (after Kingma et al. 2021, appendix I)  (2)
+    stratified      1 - t ~ U([i, i + 1) / B) for sample i of a batch: uniform over all,
+                    and every batch has all times  (after Kingma et al. 2021, app. I)  (2)
     logit_normal    logit(t) ~ N(mean, std^2)      (Esser et al. 2024, eq. 19)         (3)
 
 The logit-normal spends its time in the middle, where a prediction is neither trivial nor hopeless. Without a shift:
