@@ -99,10 +99,18 @@ def get_config() -> ConfigDict:
     c.model.in_channels = 4
     c.model.out_channels = 4  # in_channels, or twice that: room for a variance, which no loss trains yet
     c.model.mlp_ratio = 4.0
+    c.model.mlp = "silu"  # silu | gelu | swiglu (two thirds as wide, with one matrix more)
+    c.model.norm = "layer"  # layer | rms
+    c.model.qk_norm = False  # normalise queries and keys: scores of attention stay small
+    c.model.positions = "learned"  # of patches, added to them: learned | sincos | none (with rope)
+    c.model.rope = False  # rotary positions, of queries and keys
+    c.model.base_grid = 0  # patches along a side that sincos and rope are made for; 0: those of data.image_size
+    c.model.num_registers = 0  # learned tokens beside the patches
     c.model.dropout = 0.1
-    c.model.text_mode = "pooled"  # pooled: one vector per caption | cross: attend to its tokens too
-    c.model.text_pool = "eos"  # where that vector comes from: eos | mean
-    c.model.modulation = "adaln"  # adaln | adaln_zero
+    # pooled: one vector per caption | cross: blocks attend to its tokens too | joint: tokens go through the blocks
+    c.model.text_mode = "pooled"
+    c.model.text_pool = "eos"  # where that vector comes from: eos | mean | none (with cross or joint)
+    c.model.modulation = "adaln"  # adaln | adaln_zero | adaln_single (made once for all blocks)
     c.model.time_scale = 1000.0
     c.model.text_length = 0  # tokens, width and pooled width of the text encoder; 0: taken from it at start
     c.model.text_width = 0

@@ -71,6 +71,8 @@ def resolve(
             f"data.image_size is {config.data.image_size}; it must be a multiple of {unit}"
             f" ({vae.factor} of the VAE x model.patch_size {config.model.patch_size})"
         )
+    if not config.model.base_grid and (config.model.rope or config.model.positions == "sincos"):
+        config.model.base_grid = config.data.image_size // unit
     return notes
 
 

@@ -13,15 +13,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dit_jax.arrays import Array, TextStates
-from dit_jax.models.embeddings import (
-    PatchEmbedder,
-    PositionEmbedder,
-    TextEmbedder,
-    TimestepEmbedder,
-    spread,
-    unpatchify,
-)
-from dit_jax.models.layers import DiTBlock, FinalLayer, KeysValues
+from dit_jax.models.blocks import VECTORS, DiTBlock, FinalLayer, SharedModulation
+from dit_jax.models.embeddings import PatchEmbedder, TextEmbedder, TimestepEmbedder, spread, unpatchify
+from dit_jax.models.layers import BlockSpec, KeysValues
+from dit_jax.models.positions import Angles, PositionEmbedder, rotary_angles, sincos_positions
 
 # What the backward pass recomputes instead of keeping; None keeps everything.
 REMAT_POLICIES: dict[str, Any] = {
@@ -30,9 +25,12 @@ REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 CHOICES = {
-    "text_mode": ("pooled", "cross"),
-    "text_pool": ("eos", "mean"),
-    "modulation": ("adaln", "adaln_zero"),
+    "mlp": ("silu", "gelu", "swiglu"),
+    "norm": ("layer", "rms"),
+    "positions": ("learned", "sincos", "none"),
+    "text_mode": ("pooled", "cross", "joint"),
+    "text_pool": ("eos", "mean", "none"),
+    "modulation": tuple(VECTORS),
     "remat": tuple(REMAT_POLICIES),
 }
 
@@ -41,13 +39,15 @@ class PreparedText(NamedTuple):
     """All that the blocks need of the text; does not depend on time. Every leaf begins with B.
 
     Attributes:
-      vector: ``[B, D]``, joins the time embedding.
+      vector: ``[B, D]``, joins the time embedding; None with ``text_pool="none"``.
       keys_values: keys and values ``[B, H, S, K]``, a pair per block with ``text_mode="cross"``, else empty.
+      tokens: ``[B, S, D]`` as the first block takes them, with ``text_mode="joint"``, else None.
       mask: ``[B, S]``.
     """
 
-    vector: Array
+    vector: Array | None
     keys_values: tuple[KeysValues, ...]
+    tokens: Array | None
     mask: Array
 
 
@@ -62,18 +62,27 @@ class DiT(nn.Module):
       in_channels: C.
       out_channels: C, or 2 C with learned variance.
       mlp_ratio: width of the MLP over D.
+      mlp: ``silu``, ``gelu`` or ``swiglu``, which is two thirds as wide.
+      norm: ``layer`` or ``rms``.
+      qk_norm: whether queries and keys are normalised.
+      positions: of patches, added to them: ``learned``, ``sincos`` or ``none``.
+      rope: whether rotary positions turn queries and keys of patches.
+      base_grid: G of `dit_jax.models.positions`, read by ``sincos`` and ``rope``.
+      num_registers: learned tokens beside those of the picture, R (Darcet et al. 2024).
       dropout: rate after the MLP activation and on every residual branch, never on attention weights.
       text_mode: ``pooled`` adds one vector per caption to the time embedding; ``cross`` also lets every block
-        attend to the caption's tokens.
-      text_pool: where that vector comes from, ``eos`` (the encoder's pooled state) or ``mean`` over tokens.
-      modulation: ``adaln`` (shift and scale) or ``adaln_zero`` (and gates that start at zero).
+        attend to the caption's tokens; with ``joint`` they go through the blocks beside those of the picture.
+      text_pool: where that vector comes from, ``eos`` (the encoder's pooled state) or ``mean`` over tokens; ``none``
+        leaves it out, where tokens are attended to.
+      modulation: ``adaln`` (shift and scale), ``adaln_zero`` (and gates that start at zero) or ``adaln_single`` (made
+        once for all blocks).
       time_scale: what times in [0, 1] are multiplied by before their sinusoidal embedding.
       text_length, text_width, pooled_width: S, E and P of the text encoder.
       remat: ``none``, ``dots`` (keep matrix products) or ``full``: what the backward pass recomputes.
       dtype: compute dtype; parameters are float32 always.
 
     Raises:
-      ValueError: when a value is not one of those above.
+      ValueError: when a value is not one of those above, or two do not go together.
     """
 
     hidden_size: int
@@ -84,6 +93,13 @@ class DiT(nn.Module):
     in_channels: int
     out_channels: int
     mlp_ratio: float
+    mlp: str
+    norm: str
+    qk_norm: bool
+    positions: str
+    rope: bool
+    base_grid: int
+    num_registers: int
     dropout: float
     text_mode: str
     text_pool: str
@@ -108,11 +124,36 @@ class DiT(nn.Module):
                      "text_length", "text_width", "pooled_width"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.num_registers < 0:
+            raise ValueError(f"model.num_registers is {self.num_registers}; it must be 0 or more")
+        for wrong, key, why in (
+            (self.positions == "sincos" and self.hidden_size % 4, "hidden_size", "a multiple of 4 with positions=sincos"),
+            (self.rope and self.attention_head_dim % 4, "attention_head_dim", "a multiple of 4 with rope"),
+            (self.measures_places and self.base_grid < 1, "base_grid", "1 or more with rope or positions=sincos"),
+            (self.positions == "none" and not self.rope, "positions", "learned or sincos, or rope=true beside it"),
+            (self.text_mode == "pooled" and self.text_pool == "none", "text_pool", "eos or mean with text_mode=pooled"),
+        ):  # fmt: skip
+            if wrong:
+                raise ValueError(f"model.{key} is {getattr(self, key)!r}; it must be {why}")
         super().__post_init__()
+
+    @property
+    def measures_places(self) -> bool:
+        """Whether ``base_grid`` is read."""
+        return self.rope or self.positions == "sincos"
+
+    @property
+    def spec(self) -> BlockSpec:
+        """What all blocks have in common."""
+        return BlockSpec(**{name: getattr(self, name) for name in BlockSpec._fields})
 
     def setup(self) -> None:
         self.x_embedder = PatchEmbedder(self.patch_size, self.hidden_size, self.dtype)
-        self.pos_embed = PositionEmbedder(self.hidden_size)
+        if self.positions == "learned":
+            self.pos_embed = PositionEmbedder(self.hidden_size)
+        if self.num_registers:
+            init = nn.initializers.normal(0.02)
+            self.registers = self.param("registers", init, (self.num_registers, self.hidden_size), jnp.float32)
         self.t_embedder = TimestepEmbedder(self.hidden_size, self.time_scale, self.dtype)
         self.y_embedder = TextEmbedder(
             self.hidden_size,
@@ -123,23 +164,13 @@ class DiT(nn.Module):
             self.pooled_width,
             self.dtype,
         )
+        if self.modulation == "adaln_single":
+            self.adaln_single = SharedModulation(self.dtype)
         policy = REMAT_POLICIES[self.remat]
-        # argument 5 is `train`, counted with self; everything is static that decides which code runs
-        block = DiTBlock if policy is None else nn.remat(DiTBlock, policy=policy, static_argnums=(5,))
-        self.blocks = [
-            block(
-                self.hidden_size,
-                self.num_heads,
-                self.attention_head_dim,
-                self.mlp_ratio,
-                self.dropout,
-                self.modulation,
-                self.text_mode,
-                self.dtype,
-            )
-            for _ in range(self.num_layers)
-        ]
-        self.final_layer = FinalLayer(self.patch_size, self.out_channels, self.dtype)
+        # argument 6 is `train`, counted with self; everything is static that decides which code runs
+        block = DiTBlock if policy is None else nn.remat(DiTBlock, policy=policy, static_argnums=(6,))
+        self.blocks = [block(self.spec, last=i == self.num_layers - 1) for i in range(self.num_layers)]
+        self.final_layer = FinalLayer(self.spec, self.patch_size, self.out_channels)
 
     def null_text(self, B: int) -> TextStates:
         """The learned null caption, B times: what "no text" means in guidance and caption dropout."""
@@ -148,8 +179,9 @@ class DiT(nn.Module):
     def prepare_text(self, text: TextStates) -> PreparedText:
         """Do once per prompt what does not depend on time."""
         vector, tokens = self.y_embedder(text)
-        keys_values = () if tokens is None else tuple(block.keys_values(tokens) for block in self.blocks)
-        return PreparedText(vector, keys_values, text.mask)
+        if self.text_mode == "cross":
+            return PreparedText(vector, tuple(block.keys_values(tokens) for block in self.blocks), None, text.mask)
+        return PreparedText(vector, (), tokens, text.mask)
 
     def predict(self, x_t: Array, t: Array, text: PreparedText, train: bool) -> Array:
         """One evaluation: ``x_t [B, h, w, C]``, ``t [B]`` in [0, 1] -> float32 ``[B, h, w, C_out]``.
@@ -157,13 +189,32 @@ class DiT(nn.Module):
         With ``train`` dropout is on and draws from the rng stream ``dropout``.
         """
         rows, cols = x_t.shape[1] // self.patch_size, x_t.shape[2] // self.patch_size
-        x = self.x_embedder(x_t)  # [B, N, D]
-        x = x + spread(self.pos_embed(rows, cols), x.shape, self.dtype)
-        c = self.t_embedder(t) + text.vector  # [B, D]
+        x, angles = self._place(self.x_embedder(x_t), rows, cols)
+        c = self.t_embedder(t)  # [B, D]
+        if text.vector is not None:
+            c = c + text.vector
+        shared = self.adaln_single(c) if self.modulation == "adaln_single" else c
+        tokens = text.tokens
         for i, block in enumerate(self.blocks):
-            keys_values = text.keys_values[i] if text.keys_values else None
-            x = block(x, c, keys_values, text.mask, train)
-        return unpatchify(self.final_layer(x, c), self.patch_size, rows, cols)
+            read = text.keys_values[i] if text.keys_values else tokens
+            x, tokens = block(x, read, shared, text.mask, angles, train)
+        x = self.final_layer(x[:, self.num_registers :], c)
+        return unpatchify(x, self.patch_size, rows, cols)
+
+    def _place(self, x: Array, rows: int, cols: int) -> tuple[Array, Angles | None]:
+        """Patches ``[B, N, D]`` that know where they stand, behind R registers: ``[B, R + N, D]``, and their angles."""
+        positions = None
+        if self.positions == "learned":
+            positions = self.pos_embed(rows, cols)
+        elif self.positions == "sincos":
+            positions = sincos_positions(rows, cols, self.base_grid, self.hidden_size)
+        if positions is not None:
+            x = x + spread(positions[None], x.shape, self.dtype)
+        if self.num_registers:
+            registers = spread(self.registers[None], (len(x), self.num_registers, self.hidden_size), self.dtype)
+            x = jnp.concatenate([registers, x], axis=1)
+        K = self.attention_head_dim
+        return x, rotary_angles(rows, cols, self.base_grid, K, self.num_registers) if self.rope else None
 
     def __call__(self, x_t: Array, t: Array, text: TextStates, train: bool) -> Array:
         """`predict` on text states: ``[B, h, w, C]``, ``[B]``, text -> float32 ``[B, h, w, C_out]``."""

@@ -8,12 +8,11 @@ Time.  Sinusoidal features of ``time_scale * t`` (Vaswani et al. 2017, section 3
 
     f_k(t) = cos(s t w_k), sin(s t w_k),    w_k = 10000^(-k / (F / 2)),    k = 0 .. F / 2 - 1             (1)
 
-Text.  One vector per caption (``text_pool``) is projected to the model width and joins the time embedding; with
-``text_mode = "cross"`` the tokens are projected as well and are attended to in every block. The null caption,
+Text.  One vector per caption (``text_pool``) is projected to the model width and joins the time embedding; unless
+``text_mode`` is ``pooled`` the tokens are projected as well, and every block attends to them. The null caption,
 which stands for "no text" in classifier-free guidance (Ho & Salimans 2022), is learned.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -105,11 +104,11 @@ class TimestepEmbedder(nn.Module):
 
 
 class TextEmbedder(nn.Module):
-    """Text states to what the blocks use: one vector per caption and, with ``cross``, one per token.
+    """Text states to what the blocks use: one vector per caption and, unless ``pooled``, one per token.
 
     Attributes:
       text_length, text_width, pooled_width: S, E and P of the text encoder.
-      text_pool: ``eos`` takes the pooled state, ``mean`` the mean over unmasked tokens.
+      text_pool: ``eos`` takes the pooled state, ``mean`` the mean over unmasked tokens, ``none`` makes no vector.
     """
 
     hidden_size: int
@@ -122,51 +121,37 @@ class TextEmbedder(nn.Module):
 
     def setup(self) -> None:
         init = nn.initializers.normal(0.02)
-        self.proj = Dense(self.hidden_size, dtype=self.dtype, kernel_init=init)
+        if self.text_pool != "none":
+            self.proj = Dense(self.hidden_size, dtype=self.dtype, kernel_init=init)
         if self.text_pool == "eos":
             self.null_pooled = self.param("null_pooled", init, (self.pooled_width,), jnp.float32)
-        if self.text_pool == "mean" or self.text_mode == "cross":
+        if self.reads_tokens:
             self.null_token = self.param("null_token", init, (self.text_width,), jnp.float32)
-        if self.text_mode == "cross":
+        if self.text_mode != "pooled":
             self.token_proj = Dense(self.hidden_size, dtype=self.dtype, kernel_init=XAVIER)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether ``hidden`` is read at all."""
+        return self.text_pool == "mean" or self.text_mode != "pooled"
 
     def null(self, B: int) -> TextStates:
         """B learned null captions: one token, one pooled state, everything else masked."""
         hidden = jnp.zeros((B, self.text_length, self.text_width), jnp.float32)
         pooled = jnp.zeros((B, self.pooled_width), jnp.float32)
-        if self.text_pool == "mean" or self.text_mode == "cross":
+        if self.reads_tokens:
             hidden = hidden.at[:, 0].set(jnp.broadcast_to(self.null_token, (B, self.text_width)))
         if self.text_pool == "eos":
             pooled = jnp.broadcast_to(self.null_pooled, (B, self.pooled_width))
         mask = jnp.broadcast_to(jnp.arange(self.text_length) == 0, (B, self.text_length))
         return TextStates(hidden, pooled, mask)
 
-    def __call__(self, text: TextStates) -> tuple[Array, Array | None]:
-        """``TextStates`` -> vector ``[B, D]`` and tokens ``[B, S, D]`` (None unless ``cross``)."""
-        if self.text_pool == "eos":
-            vector = text.pooled
-        else:
+    def __call__(self, text: TextStates) -> tuple[Array | None, Array | None]:
+        """``TextStates`` -> vector ``[B, D]`` (None with ``none``) and tokens ``[B, S, D]`` (None with ``pooled``)."""
+        vector = text.pooled
+        if self.text_pool == "mean":
             weight = text.mask.astype(jnp.float32)[:, :, None]
             vector = (text.hidden * weight).sum(1) / jnp.maximum(weight.sum(1), 1.0)
-        vector = self.proj(vector.astype(self.dtype))
-        tokens = self.token_proj(text.hidden.astype(self.dtype)) if self.text_mode == "cross" else None
+        vector = None if self.text_pool == "none" else self.proj(vector.astype(self.dtype))
+        tokens = None if self.text_mode == "pooled" else self.token_proj(text.hidden.astype(self.dtype))
         return vector, tokens
-
-
-class PositionEmbedder(nn.Module):
-    """Learned positions of a grid of patches, float32 ``[N, D]``; resampled (bicubic) where training saw another grid.
-
-    They start as large as the tokens, so that attention can tell patches apart from the first step.
-    """
-
-    hidden_size: int
-
-    @nn.compact
-    def __call__(self, rows: int, cols: int) -> Array:
-        # asked for by hand: `self.param` refuses a table of another grid
-        if not self.has_variable("params", "table"):
-            self.param("table", nn.initializers.normal(1.0), (rows, cols, self.hidden_size), jnp.float32)
-        table = jnp.asarray(self.get_variable("params", "table"))
-        if table.shape[:2] != (rows, cols):
-            table = jax.image.resize(table, (rows, cols, self.hidden_size), method="bicubic")
-        return table.reshape(rows * cols, self.hidden_size)

@@ -1,42 +1,78 @@
-"""The transformer block and the final layer, conditioned by adaptive layer norm.
+"""What blocks are made of: norms, attention and the MLP.
 
-A block maps tokens ``x [B, N, D]`` given a condition ``c [B, D]`` (Peebles & Xie 2023, section 3.2). With
-``LN`` a layer norm without learned scale and ``(beta, gamma, alpha) = W silu(c) + b`` per branch:
-
-    modulate(x, beta, gamma) = (1 + gamma) LN(x) + beta                                                  (1)
-    x <- x + alpha_1 . Attention(modulate(x, beta_1, gamma_1))                                           (2)
-    x <- x + CrossAttention(LN(x), text)               only with text tokens (Chen et al. 2023, PixArt)  (3)
-    x <- x + alpha_2 . MLP(modulate(x, beta_2, gamma_2))                                                 (4)
-
-``adaln`` has no gates (alpha = 1, m = 4 vectors a block); ``adaln_zero`` learns them from zero (m = 6).
 Parameters, norms, softmax and every sum over tokens are float32 whatever the compute dtype. Matrix products are in the
 compute dtype, that of queries and keys too: a result in float32 would make its gradient a float32 product. Queries are
 scaled before it, so that scores stay far below float16's 65,504.
+
+Norms have no scale of their own, since what follows them scales; eps is 1e-6:
+
+    layer    (x - mean(x)) / sqrt(var(x) + eps)                            (Ba et al. 2016)               (1)
+    rms      x / sqrt(mean(x^2) + eps)                                     (Zhang & Sennrich 2019)        (2)
+
+With ``qk_norm`` every query and key is divided by its own rms over the head and scaled by a learned vector, so that
+scores cannot grow without bound (Dehghani et al. 2023; Esser et al. 2024).
+
+    MLP(x) = W_2 f(W_1 x + b_1) + b_2                   f = ``silu`` or ``gelu`` (tanh form)              (3)
+    MLP(x) = W_2 (silu(W_1 x + b_1) * (W_3 x + b_3)) + b_2        ``swiglu`` (Shazeer 2020)               (4)
 """
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from dit_jax.arrays import Array
-from dit_jax.models.embeddings import XAVIER, Dense, spread
+from dit_jax.models.embeddings import XAVIER, Dense
+from dit_jax.models.positions import Angles, rotate
 
 KeysValues = tuple[Array, Array]  # of text tokens, each [B, H, S, K]
 
 
+class BlockSpec(NamedTuple):
+    """What all blocks of a model have in common; the fields of `dit_jax.models.dit.DiT` by the same names."""
+
+    hidden_size: int
+    num_heads: int
+    attention_head_dim: int
+    mlp_ratio: float
+    mlp: str
+    norm: str
+    qk_norm: bool
+    dropout: float
+    modulation: str
+    text_mode: str
+    dtype: Any
+
+    @property
+    def attention_width(self) -> int:
+        """H K."""
+        return self.num_heads * self.attention_head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        """Numbers between the two layers of the MLP; two thirds of it, in steps of 8, with ``swiglu``'s three."""
+        width = int(self.hidden_size * self.mlp_ratio)
+        return -(-2 * width // 3 // 8) * 8 if self.mlp == "swiglu" else width
+
+
 def layer_norm(x: Array, dtype: jnp.dtype) -> Array:
-    """Layer norm over the last axis without scale or bias, computed in float32; eps 1e-6."""
+    """Equation (1) over the last axis, computed in float32."""
     x = x.astype(jnp.float32)
     mean = x.mean(-1, keepdims=True)
     variance = jnp.square(x - mean).mean(-1, keepdims=True)
     return ((x - mean) * jax.lax.rsqrt(variance + 1e-6)).astype(dtype)
 
 
-def modulate(x: Array, shift: Array, scale: Array) -> Array:
-    """Equation (1): ``x [B, N, D]``, ``shift`` and ``scale`` ``[B, D]``."""
-    dtype = shift.dtype
-    scaled = layer_norm(x, dtype) * spread(1.0 + scale[:, None], x.shape, dtype)
-    return scaled + spread(shift[:, None], x.shape, dtype)
+def rms_norm(x: Array, dtype: jnp.dtype) -> Array:
+    """Equation (2) over the last axis, computed in float32."""
+    x = x.astype(jnp.float32)
+    return (x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)).astype(dtype)
+
+
+def normalise(x: Array, norm: str, dtype: jnp.dtype) -> Array:
+    """The norm called ``layer`` or ``rms``."""
+    return rms_norm(x, dtype) if norm == "rms" else layer_norm(x, dtype)
 
 
 def attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
@@ -60,133 +96,99 @@ def join_heads(x: Array) -> Array:
     return x.transpose(0, 2, 1, 3).reshape(B, N, H * K)
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention, one kernel for queries, keys and values: ``[B, N, D]`` -> ``[B, N, D]``."""
+class HeadNorm(nn.Module):
+    """The norm of ``qk_norm``, on ``[B, H, N, K]``: equation (2) and a learned scale ``[K]``."""
 
-    num_heads: int
-    head_dim: int
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        width = self.num_heads * self.head_dim
-        qkv = Dense(3 * width, dtype=self.dtype, kernel_init=XAVIER, name="qkv")(x)
-        q, k, v = split_heads(qkv, 3, self.num_heads)
-        out = join_heads(attend(q, k, v, mask=None))
-        return Dense(x.shape[-1], dtype=self.dtype, kernel_init=XAVIER, name="out")(out)
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32)
+        return (rms_norm(x, jnp.float32) * scale[None, None, None]).astype(self.dtype)
+
+
+class SelfAttention(nn.Module):
+    """The two ends of multi-head self-attention, `attend` being between them; one kernel for queries, keys, values."""
+
+    spec: BlockSpec
+
+    def setup(self) -> None:
+        s = self.spec
+        self.qkv = Dense(3 * s.attention_width, dtype=s.dtype, kernel_init=XAVIER)
+        self.out = Dense(s.hidden_size, dtype=s.dtype, kernel_init=XAVIER)
+        if s.qk_norm:
+            self.q_norm, self.k_norm = HeadNorm(s.dtype), HeadNorm(s.dtype)
+
+    def read(self, x: Array, angles: Angles | None) -> tuple[Array, Array, Array]:
+        """Queries, keys and values of tokens ``[B, N, D]``, each ``[B, H, N, K]``; turned by ``angles``."""
+        q, k, v = split_heads(self.qkv(x), 3, self.spec.num_heads)
+        if self.spec.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        return q, k, v
+
+    def write(self, heads: Array) -> Array:
+        """What heads ``[B, H, N, K]`` found, as ``[B, N, D]``."""
+        return self.out(join_heads(heads))
+
+
+class TextKeysValues(nn.Module):
+    """Keys and values of text tokens ``[B, S, D]``."""
+
+    spec: BlockSpec
+
+    @nn.compact
+    def __call__(self, tokens: Array) -> KeysValues:
+        s = self.spec
+        kv = Dense(2 * s.attention_width, dtype=s.dtype, kernel_init=XAVIER, name="kv")(tokens)
+        k, v = split_heads(kv, 2, s.num_heads)
+        return (HeadNorm(s.dtype, name="k_norm")(k) if s.qk_norm else k), v
 
 
 class CrossAttention(nn.Module):
     """Image tokens attend to text tokens. Keys and values do not depend on time: `keys_values` makes them once."""
 
-    num_heads: int
-    head_dim: int
-    hidden_size: int
-    dtype: jnp.dtype
+    spec: BlockSpec
 
     def setup(self) -> None:
-        width = self.num_heads * self.head_dim
-        self.q = Dense(width, dtype=self.dtype, kernel_init=XAVIER)
-        self.kv = Dense(2 * width, dtype=self.dtype, kernel_init=XAVIER)
+        s = self.spec
+        self.q = Dense(s.attention_width, dtype=s.dtype, kernel_init=XAVIER)
+        self.text = TextKeysValues(s)
+        nn.share_scope(self, self.text)
         # from zero, so that a fresh block is the one without text (Chen et al. 2023, section 2.3)
-        zeros = nn.initializers.zeros_init()
-        self.out = Dense(self.hidden_size, dtype=self.dtype, kernel_init=zeros)
+        self.out = Dense(s.hidden_size, dtype=s.dtype, kernel_init=nn.initializers.zeros_init())
+        if s.qk_norm:
+            self.q_norm = HeadNorm(s.dtype)
 
     def keys_values(self, tokens: Array) -> KeysValues:
         """Keys and values of text tokens ``[B, S, D]``."""
-        k, v = split_heads(self.kv(tokens), 2, self.num_heads)
-        return k, v
+        return self.text(tokens)
 
     def __call__(self, x: Array, keys_values: KeysValues, mask: Array) -> Array:
         """``x [B, N, D]``, `keys_values` and ``mask [B, S]`` of the text -> ``[B, N, D]``."""
-        (q,) = split_heads(self.q(x), 1, self.num_heads)
+        (q,) = split_heads(self.q(x), 1, self.spec.num_heads)
+        if self.spec.qk_norm:
+            q = self.q_norm(q)
         return self.out(join_heads(attend(q, *keys_values, mask)))
 
 
 class Mlp(nn.Module):
-    """Two layers with SiLU between them; dropout after the activation."""
+    """Equation (3) or (4), ``[B, N, D]`` -> ``[B, N, D]``; dropout before the last layer."""
 
-    mlp_ratio: float
-    dropout: float
-    dtype: jnp.dtype
+    spec: BlockSpec
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        D = x.shape[-1]
-        x = Dense(int(D * self.mlp_ratio), dtype=self.dtype, kernel_init=XAVIER, name="fc_in")(x)
-        x = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(x))
-        return Dense(D, dtype=self.dtype, kernel_init=XAVIER, name="fc_out")(x)
-
-
-class Modulation(nn.Module):
-    """The vectors of equation (1): ``c [B, D]`` -> ``parts`` arrays ``[B, D]``, all zero at initialisation."""
-
-    parts: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, c: Array) -> list[Array]:
-        zeros = nn.initializers.zeros_init()
-        x = Dense(self.parts * c.shape[-1], dtype=self.dtype, kernel_init=zeros, name="proj")(nn.silu(c))
-        return jnp.split(x, self.parts, axis=-1)
-
-
-class DiTBlock(nn.Module):
-    """One block, equations (2) to (4)."""
-
-    hidden_size: int
-    num_heads: int
-    head_dim: int
-    mlp_ratio: float
-    dropout: float
-    modulation: str
-    text_mode: str
-    dtype: jnp.dtype
-
-    def setup(self) -> None:
-        gated = self.modulation == "adaln_zero"
-        self.adaln = Modulation(6 if gated else 4, self.dtype)
-        self.attention = SelfAttention(self.num_heads, self.head_dim, self.dtype)
-        self.mlp = Mlp(self.mlp_ratio, self.dropout, self.dtype)
-        self.residual_dropout = nn.Dropout(self.dropout)
-        if self.text_mode == "cross":
-            self.cross = CrossAttention(self.num_heads, self.head_dim, self.hidden_size, self.dtype)
-
-    def keys_values(self, tokens: Array) -> KeysValues:
-        """What this block's cross-attention reads of text tokens ``[B, S, D]``."""
-        return self.cross.keys_values(tokens)
-
-    def __call__(
-        self, x: Array, c: Array, keys_values: KeysValues | None, text_mask: Array | None, train: bool
-    ) -> Array:
-        """``x [B, N, D]``, ``c [B, D]`` and the text of `keys_values` -> ``[B, N, D]``."""
-        if self.modulation == "adaln_zero":
-            shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.adaln(c)
+        s = self.spec
+        gated = s.mlp == "swiglu"
+        x = Dense(s.mlp_width * (2 if gated else 1), dtype=s.dtype, kernel_init=XAVIER, name="fc_in")(x)
+        if gated:
+            gate, x = jnp.split(x, 2, axis=-1)
+            x = nn.silu(gate) * x  # (4)
+        elif s.mlp == "gelu":
+            x = nn.gelu(x.astype(jnp.float32)).astype(s.dtype)  # its cube does not fit into float16
         else:
-            shift_1, scale_1, shift_2, scale_2 = self.adaln(c)
-            gate_1 = gate_2 = None
-
-        def add(x, branch, gate):
-            branch = branch if gate is None else branch * spread(gate[:, None], branch.shape, self.dtype)
-            return x + self.residual_dropout(branch, deterministic=not train)
-
-        x = add(x, self.attention(modulate(x, shift_1, scale_1)), gate_1)
-        if keys_values is not None:
-            x = add(x, self.cross(layer_norm(x, self.dtype), keys_values, text_mask), None)
-        return add(x, self.mlp(modulate(x, shift_2, scale_2), train), gate_2)
-
-
-class FinalLayer(nn.Module):
-    """Final adaptive norm and linear map to patches: ``[B, N, D]`` -> float32 ``[B, N, p * p * C_out]``."""
-
-    patch_size: int
-    out_channels: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array, c: Array) -> Array:
-        shift, scale = Modulation(2, self.dtype, name="adaln")(c)
-        size = self.patch_size**2 * self.out_channels
-        zeros = nn.initializers.zeros_init()
-        x = Dense(size, dtype=self.dtype, kernel_init=zeros, name="linear")(modulate(x, shift, scale))
-        return x.astype(jnp.float32)
+            x = nn.silu(x)
+        x = nn.Dropout(s.dropout, deterministic=not train)(x)
+        return Dense(s.hidden_size, dtype=s.dtype, kernel_init=XAVIER, name="fc_out")(x)

@@ -7,11 +7,11 @@ import pytest
 
 from dit_jax.models.embeddings import (
     PatchEmbedder,
-    PositionEmbedder,
     patchify,
     timestep_features,
     unpatchify,
 )
+from dit_jax.models.positions import PositionEmbedder
 
 
 @pytest.mark.parametrize(("h", "w", "p"), [(4, 6, 2), (8, 4, 4), (3, 5, 1)])
