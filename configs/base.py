@@ -5,7 +5,7 @@
 
 116.1 M parameters, 137.9 GFLOP an image in training, bfloat16 on an RTX 4090. Predicted memory, an estimate:
 10.8 GiB at batch 128 in slices of 32. Largest batch in one slice that fits there:
-58 with model.remat=none, 217 with dots, 450 with full. Not trained yet: there is no loss and no time to compare with.
+58 with model.remat=none, 217 with dots, 449 with full. Not trained yet: there is no loss and no time to compare with.
 """
 
 from ml_collections import ConfigDict

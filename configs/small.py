@@ -5,7 +5,7 @@
 
 19.9 M parameters, 24.2 GFLOP an image in training, bfloat16 on an RTX 4090. Predicted memory, an estimate:
 11.3 GiB at batch 128. Largest batch in one slice that fits there:
-195 with model.remat=none, 605 with dots, 1056 with full. Not trained yet: there is no loss and no time to compare with.
+195 with model.remat=none, 603 with dots, 1052 with full. Not trained yet: there is no loss and no time to compare with.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@
 Prints the resolved config, parameters, cost per image and predicted memory. With ``--device`` it says what fits there
 and which key to turn; without it, where the data are there, what the compiler sets aside on this machine, how large the
 set is, and how many hours the run would take at a measured step. Every memory figure but the compiled one is an
-estimate, equation (2) of `dit_jax.models.flops`. Nothing is written to the workdir and nothing is downloaded.
+estimate (`dit_jax.training.memory`). Nothing is written to the workdir and nothing is downloaded.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +24,14 @@ from dit_jax import build
 from dit_jax.config import flatten
 from dit_jax.errors import ConfigError, DataError
 from dit_jax.models.dit import REMAT_POLICIES, DiT
-from dit_jax.models.flops import DEVICES, GIB, Device, activation_bytes, copied_bytes, forward_macs, training_flops
+from dit_jax.models.flops import DEVICES, GIB, Device, forward_macs, training_flops
 from dit_jax.resolve import resolve
 from dit_jax.sharding import batch_sharding, make_mesh, with_sharding
-from dit_jax.training.memory import abstract_batch, compiled_bytes
+from dit_jax.training.memory import Activations, abstract_batch, compiled_bytes, predict_activations
 from dit_jax.training.progress import duration
 from dit_jax.training.state import TrainState, abstract_state, init_state
 from dit_jax.training.step import TrainStep
-from dit_jax.trees import count_parameters, named_leaves
+from dit_jax.trees import named_leaves
 
 ENCODERS = GIB  # kept free for the frozen encoders: a Stable Diffusion VAE and CLIP-L are 0.8 GiB in float32
 MANY = 10**12  # records of a set that is not looked at: no check of lengths must fail because of it
@@ -43,33 +44,41 @@ class Need:
 
     Attributes:
       state: parameters, gradients, optimizer, moving average, by name.
-      copies: of the parameters in the compute dtype.
-      per_image: activations of one image of a slice.
+      activations: beside them.
+      accumulate: slices of a batch. Where there are several there are two sets of gradients: the sum, and a slice's.
     """
 
     state: dict[str, int]
-    copies: int
-    per_image: int
+    activations: Activations
+    accumulate: int
+
+    def held(self) -> dict[str, int]:
+        """What is there however many images are, by name."""
+        copies = {"copies in compute dtype": self.activations.fixed}
+        return self.state | {"gradients": self.state["gradients"] * (2 if self.accumulate > 1 else 1)} | copies
 
     def total(self, images: int) -> int:
         """With so many images at a time: those of one slice of the batch on one device."""
-        return sum(self.state.values()) + self.copies + images * self.per_image
+        return sum(self.held().values()) + images * self.activations.per_image
 
     def most_images(self, budget: int) -> int:
         """How many images at a time stay within a budget of bytes; 0 where not even the state does."""
-        return max(0, (budget - self.total(0)) // self.per_image)
+        return max(0, (budget - self.total(0)) // self.activations.per_image)
+
+    def fits(self, batch_size: int, budget: int) -> bool:
+        """Whether a step of one device is predicted to stay within a budget of bytes."""
+        return self.total(batch_size // self.accumulate) <= budget
 
 
-def predict(config: ConfigDict, model: DiT, state: TrainState, h: int, w: int) -> Need:
+def predict(config: ConfigDict, step: TrainStep, state: TrainState, h: int, w: int) -> Need:
     """The memory of a step on ``h x w`` latents; ``state`` says what is held beside activations."""
-    parameters = count_parameters(state.params)
-    held = {
+    state_bytes = {
         "parameters": size(state.params),
-        "gradients": size(state.params) * (2 if config.accumulate > 1 else 1),
+        "gradients": size(state.params),
         f"optimizer ({config.optimizer})": size(state.opt_state),
         "moving average": size(state.ema),
     }
-    return Need(held, copied_bytes(model, parameters), activation_bytes(model, h, w))
+    return Need(state_bytes, predict_activations(step, h, w), config.accumulate)
 
 
 def size(tree: object) -> int:
@@ -109,7 +118,10 @@ def report(config: ConfigDict, name: str, device_name: str | None) -> None:
     side = config.data.image_size // vae.factor
     mesh = make_mesh(jax.devices())
     state = abstract_state(model, optimizer, side, side, mesh)
-    need = predict(config, model, state, side, side)
+    if not config.latents.scale:  # measured in training; any will do here
+        config.latents.shift, config.latents.scale = (0.0,) * vae.channels, (1.0,) * vae.channels
+    step = build.make_step(config, model, process, optimizer, learning_rate)
+    need = predict(config, step, state, side, side)
 
     # ---- what can be said of every run
     say(f"dry run of {name}: nothing is trained, downloaded or written to a workdir")
@@ -128,7 +140,7 @@ def report(config: ConfigDict, name: str, device_name: str | None) -> None:
     # ---- what fits there, or what this machine says
     if device:
         section(f"does it fit on one {device.kind} of {device.memory / GIB:.0f} GiB?")
-        say_fit(config, model, state, side, device)
+        say_fit(config, step, state, side, device)
         return
     section("data and time on this machine")
     if records is None:
@@ -136,9 +148,6 @@ def report(config: ConfigDict, name: str, device_name: str | None) -> None:
         say(f"  what fits on a card: --device={'|'.join(DEVICES)}")
         return
     say(f"  {config.data.source}: {records:,} pictures; an epoch is {records / config.batch_size:,.1f} steps")
-    if not config.latents.scale:  # measured in training; any will do for a step on zeros
-        config.latents.shift, config.latents.scale = (0.0,) * vae.channels, (1.0,) * vae.channels
-    step = build.make_step(config, model, process, optimizer, learning_rate)
     batch = abstract_batch(model, config.batch_size, side, side, config.data.storage_dtype)
     batch = with_sharding(batch, batch_sharding(mesh))
     say_measured(config, step, state, batch, lambda: init_state(model, optimizer, jax.random.key(0), side, side, mesh))
@@ -180,16 +189,15 @@ def say_memory(config: ConfigDict, need: Need, images: int) -> None:
     say(f"  {'batch':28} {1:>9} {config.batch_size:>9}")
     if images != config.batch_size:
         say(f"  {'images at a time, a device':28} {1:>9} {images:>9}")
-    rows = {**need.state, "copies in compute dtype": need.copies}
-    table = {part: (held, held) for part, held in rows.items()}
-    table["activations"] = (need.per_image, images * need.per_image)
+    table = {part: (held, held) for part, held in need.held().items()}
+    table["activations"] = (need.activations.per_image, images * need.activations.per_image)
     table["total"] = (need.total(counts[0]), need.total(counts[1]))
     for part, (one, all_of_it) in table.items():
         say(f"  {part:28} {one / GIB:9.3f} {all_of_it / GIB:9.3f}")
     say(f"  not in it: frozen encoders (up to {ENCODERS / GIB:.0f} GiB), and what drawing samples needs between steps")
 
 
-def say_fit(config: ConfigDict, model: DiT, state: TrainState, side: int, device: Device) -> None:
+def say_fit(config: ConfigDict, step: TrainStep, state: TrainState, side: int, device: Device) -> None:
     """Whether the config's batch fits on the device, the largest that does, and the keys that help."""
     budget = int(device.memory * device.usable) - ENCODERS
     taken = "" if device.usable == 1 else f"of which JAX takes {device.usable:.0%}, "
@@ -197,15 +205,20 @@ def say_fit(config: ConfigDict, model: DiT, state: TrainState, side: int, device
     say(f"  {memory}: {budget / GIB:.2f} GiB for a step")
     if taken:
         say("  (XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 in the environment lets JAX take 90%; not counted here)")
-    for remat in REMAT_POLICIES:
-        other = predict(config, model.clone(remat=remat), state, side, side)
+
+    def need(**changes: Any) -> Need:
+        return predict(config, dataclasses.replace(step, model=step.model.clone(**changes)), state, side, side)
+
+    needs = {remat: need(remat=remat) for remat in REMAT_POLICIES}
+    for remat, other in needs.items():
         most = other.most_images(budget) * config.accumulate
         now = "  <- the config's" if remat == config.model.remat else ""
         say(f"  largest batch with model.remat={remat:5} {most:>8,}{now}")
-    if fits(config, model, state, side, budget):
+    if needs[config.model.remat].fits(config.batch_size, budget):
         say(f"  fits: batch_size={config.batch_size}")
         return
-    found = list(remedies(config, model, state, side, budget))
+    half = need(dtype=jnp.bfloat16) if config.dtype == "float32" else None
+    found = list(remedies(config, needs, half, budget))
     if not found:
         say("  does NOT fit, at no batch size and with no policy: take a smaller model or a larger device")
         return
@@ -214,39 +227,27 @@ def say_fit(config: ConfigDict, model: DiT, state: TrainState, side: int, device
         say("    " + " ".join(f"--config.{key}={value}" for key, value in changes.items()))
 
 
-def fits(config: ConfigDict, model: DiT, state: TrainState, side: int, budget: int) -> bool:
-    """Whether a step of one device is predicted to stay within a budget of bytes."""
-    return predict(config, model, state, side, side).total(config.batch_size // config.accumulate) <= budget
-
-
 def remedies(
-    config: ConfigDict, model: DiT, state: TrainState, side: int, budget: int
+    config: ConfigDict, needs: dict[str, Need], half: Need | None, budget: int
 ) -> Iterator[dict[str, int | str]]:
     """Changes of keys with which the config fits; each was checked by the prediction.
 
-    For each policy of remat the fewest slices that fit, then a smaller batch, and arithmetic in 16 bits.
+    For each policy of remat the fewest slices that fit, then a smaller batch, and arithmetic in 16 bits. ``needs`` are
+    by policy; ``half`` is that in 16 bits, where the config asks for 32.
     """
     slices = [a for a in range(1, config.batch_size + 1) if config.batch_size % a == 0]
     policies = list(REMAT_POLICIES)
     for remat in policies[policies.index(config.model.remat) :]:
         for accumulate in slices:
-            if fits(changed(config, accumulate=accumulate), model.clone(remat=remat), state, side, budget):
+            if dataclasses.replace(needs[remat], accumulate=accumulate).fits(config.batch_size, budget):
                 new: dict[str, int | str] = {"model.remat": remat, "accumulate": accumulate}
                 old = flatten(config)
                 yield {key: value for key, value in new.items() if value != old[key]}
                 break
-    most = predict(config, model, state, side, side).most_images(budget) * config.accumulate
-    if most:
+    if most := needs[config.model.remat].most_images(budget) * config.accumulate:
         yield {"batch_size": most}
-    if config.dtype == "float32" and fits(config, model.clone(dtype=jnp.bfloat16), state, side, budget):
+    if half is not None and half.fits(config.batch_size, budget):
         yield {"dtype": "auto"}
-
-
-def changed(config: ConfigDict, **values: int) -> ConfigDict:
-    """A copy with other values."""
-    copy = config.copy_and_resolve_references()
-    copy.update(values)
-    return copy
 
 
 def say_measured(

@@ -1,5 +1,6 @@
 """The shipped configs: their headers say what is predicted of them, and the recipe of eight pictures learns them."""
 
+import dataclasses
 import json
 import re
 
@@ -25,9 +26,10 @@ def test_the_header_of_a_size_says_what_is_predicted(name):
     resolve(config, 1, *build.describe_encoders(config), 1)
     device = DEVICES["4090"]
     model = build.make_model(config, build.compute_dtype(device.dtype, jax.devices()[0]))
-    optimizer, _ = build.make_optimizer(config)
-    state = abstract_state(model, optimizer, 32, 32, make_mesh(jax.devices()))
-    need = predict(config, model, state, 32, 32)
+    config.latents.update(shift=(0.0,) * 4, scale=(1.0,) * 4)
+    step = build.make_step(config, model, build.make_process(config), *build.make_optimizer(config))
+    state = abstract_state(model, step.optimizer, 32, 32, make_mesh(jax.devices()))
+    need = predict(config, step, state, 32, 32)
     header = SIZES[name].__doc__
     assert f"configs/{name}.py" in header
     assert f"{count_parameters(state.params) / 1e6:.1f} M parameters" in header
@@ -40,7 +42,8 @@ def test_the_header_of_a_size_says_what_is_predicted(name):
     most = re.findall(r"(\d+) with (?:model.remat=)?(none|dots|full)", header)
     assert {remat for _, remat in most} == {"none", "dots", "full"}
     for count, remat in most:
-        assert predict(config, model.clone(remat=remat), state, 32, 32).most_images(budget) == int(count)
+        other = dataclasses.replace(step, model=model.clone(remat=remat))
+        assert predict(config, other, state, 32, 32).most_images(budget) == int(count)
 
 
 def losses(workdir) -> dict[int, float]:

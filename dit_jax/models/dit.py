@@ -126,21 +126,17 @@ class DiT(nn.Module):
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be 1 or more")
         if self.num_registers < 0:
             raise ValueError(f"model.num_registers is {self.num_registers}; it must be 0 or more")
+        sincos = self.positions == "sincos"
         for wrong, key, why in (
-            (self.positions == "sincos" and self.hidden_size % 4, "hidden_size", "a multiple of 4 with positions=sincos"),
+            (sincos and self.hidden_size % 4, "hidden_size", "a multiple of 4 with positions=sincos"),
             (self.rope and self.attention_head_dim % 4, "attention_head_dim", "a multiple of 4 with rope"),
-            (self.measures_places and self.base_grid < 1, "base_grid", "1 or more with rope or positions=sincos"),
+            ((self.rope or sincos) and self.base_grid < 1, "base_grid", "1 or more with rope or positions=sincos"),
             (self.positions == "none" and not self.rope, "positions", "learned or sincos, or rope=true beside it"),
             (self.text_mode == "pooled" and self.text_pool == "none", "text_pool", "eos or mean with text_mode=pooled"),
-        ):  # fmt: skip
+        ):
             if wrong:
                 raise ValueError(f"model.{key} is {getattr(self, key)!r}; it must be {why}")
         super().__post_init__()
-
-    @property
-    def measures_places(self) -> bool:
-        """Whether ``base_grid`` is read."""
-        return self.rope or self.positions == "sincos"
 
     @property
     def spec(self) -> BlockSpec:

@@ -2,13 +2,20 @@
 
 `saved_bytes` counts in the traced program: it says the same for every device and needs none. `compiled_bytes` asks
 the compiler about a compiled program: it is what a device really sets aside, and differs from device to device.
+`predict_activations` is an estimate of that, without a device.
+
+Seen (jax 0.10.2): of the total that XLA for CPU sets aside for the small model in float32, at batches of 2 and 8 and
+for every policy of remat, the estimate was 0.92 to 1.17. XLA for CPU computes bfloat16 in float32 and takes more than
+the estimate. No GPU was seen yet.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Var
 from jax.typing import DTypeLike
 
@@ -41,6 +48,55 @@ def saved_bytes(step: TrainStep, B: int, h: int, w: int) -> int:
     places = jax.ShapeDtypeStruct((B,), jnp.float32)
     batch = abstract_batch(step.model, B, h, w, jnp.float32)
     return residual_bytes(step.loss, params, batch, keys, places, jax.random.key(0))
+
+
+class Activations(NamedTuple):
+    """Predicted bytes of a train step beside its state.
+
+    Attributes:
+      fixed: however large the batch is: parameters in the compute dtype.
+      per_image: for every image of a slice.
+    """
+
+    fixed: int
+    per_image: int
+
+
+def predict_activations(step: TrainStep, h: int, w: int) -> Activations:
+    """What a step keeps from its forward to its backward pass, and room to work in, on an ``h x w`` latent grid.
+
+    The room is two of its largest arrays, and unless remat is ``none`` what one block keeps under ``none``, which is
+    computed again.
+    """
+    model = step.model
+    kept, _ = kept_bytes(step, h, w)
+    N = (h // model.patch_size) * (w // model.patch_size) + model.num_registers
+    if model.text_mode == "joint":
+        N += model.text_length
+    c = jnp.dtype(model.dtype).itemsize
+    room = 2 * N * max(4 * model.num_heads * N, c * model.spec.mlp_width)
+    again = 0
+    if model.remat != "none":
+        _, block = kept_bytes(dataclasses.replace(step, model=model.clone(remat="none")), h, w)
+        again = block.per_image
+    return Activations(kept.fixed, kept.per_image + room + again)
+
+
+def kept_bytes(step: TrainStep, h: int, w: int) -> tuple[Activations, Activations]:
+    """What a step keeps between its passes: in all, and for one more block.
+
+    All blocks but the last keep alike, and all images: two small models with two small batches say it of all.
+    """
+
+    def count(num_layers: int) -> np.ndarray:
+        small = dataclasses.replace(step, model=step.model.clone(num_layers=num_layers))
+        two, three = (saved_bytes(small, B, h, w) for B in (2, 3))
+        return np.array([3 * two - 2 * three, three - two])
+
+    first = count(2)
+    block = count(3) - first
+    everything = first + (step.model.num_layers - 2) * block
+    return Activations(*everything.tolist()), Activations(*block.tolist())
 
 
 def residual_bytes(function: Callable[..., Any], *args: Any) -> int:

@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from dit_jax.models.dit import DiT
 from dit_jax.trees import count_parameters, named_leaves
+from tests.models.options import OPTIONS
 from tests.toy import SMALL, Toy, randomise
 
 LAYOUT = ["blocks_0", "blocks_1", "final_layer", "pos_embed", "t_embedder", "x_embedder", "y_embedder"]
@@ -33,6 +34,12 @@ def test_the_top_of_the_parameter_tree_is_as_documented(toy):
         {"in_channels": 4, "out_channels": 4},
         {"out_channels": 6},
         {"mlp_ratio": 3.0},
+        {"mlp": "swiglu"},
+        {"qk_norm": True},
+        {"num_registers": 2},
+        {"positions": "sincos", "base_grid": 2},
+        {"text_mode": "joint"},
+        {"modulation": "adaln_single"},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -55,6 +62,14 @@ def test_a_changed_key_changes_the_parameter_tree(toy, change):
         {"modulation": "film"},
         {"remat": "some"},
         {"text_width": 0},
+        {"mlp": "relu"},
+        {"norm": "batch"},
+        {"positions": "none"},
+        {"rope": True, "base_grid": 0},
+        {"rope": True, "base_grid": 2, "attention_head_dim": 6},
+        {"positions": "sincos", "base_grid": 2, "hidden_size": 6},
+        {"text_mode": "pooled", "text_pool": "none"},
+        {"num_registers": -1},
     ],
     ids=lambda change: "-".join(change),
 )
@@ -101,8 +116,10 @@ def test_dropout_of_everything_leaves_only_the_residual_stream(toy):
     np.testing.assert_array_equal(*outputs)
 
 
-@pytest.mark.parametrize("text_mode", ["pooled", "cross"])
-@pytest.mark.parametrize("text_pool", ["eos", "mean"])
+@pytest.mark.parametrize(
+    ("text_mode", "text_pool"),
+    [("pooled", "eos"), ("pooled", "mean"), ("cross", "eos"), ("cross", "none"), ("joint", "mean"), ("joint", "none")],
+)
 def test_padding_never_changes_the_result_and_real_tokens_do(text_mode, text_pool):
     toy = Toy(text_mode=text_mode, text_pool=text_pool)
 
@@ -112,7 +129,7 @@ def test_padding_never_changes_the_result_and_real_tokens_do(text_mode, text_poo
     gradient = np.asarray(jax.grad(loss)(toy.text.hidden))
     mask = np.asarray(toy.text.mask)
     assert (gradient[~mask] == 0).all()
-    read = text_mode == "cross" or text_pool == "mean"
+    read = text_mode != "pooled" or text_pool == "mean"
     assert (np.abs(gradient[mask]).max(-1) > 0).all() == read
     shouted = toy.text._replace(hidden=jnp.where(toy.text.mask[:, :, None], toy.text.hidden, 1e4))
     np.testing.assert_array_equal(toy(shouted), toy())
@@ -125,9 +142,9 @@ def test_the_pooled_state_is_read_with_eos_and_not_with_mean():
         assert (np.abs(moved - toy()).max() > 1e-3) == changes
 
 
-@pytest.mark.parametrize("text_pool", ["eos", "mean"])
-def test_the_null_caption_is_learned(text_pool):
-    toy = Toy(text_pool=text_pool)
+@pytest.mark.parametrize(("text_mode", "text_pool"), [("cross", "eos"), ("cross", "mean"), ("joint", "none")])
+def test_the_null_caption_is_learned(text_mode, text_pool):
+    toy = Toy(text_mode=text_mode, text_pool=text_pool)
 
     def loss(params):
         null = toy.model.apply({"params": params}, 2, method="null_text")
@@ -137,6 +154,46 @@ def test_the_null_caption_is_learned(text_pool):
     null = {name: g for name, g in gradients.items() if "null" in name}
     assert set(null) == {"y_embedder/null_token"} | ({"y_embedder/null_pooled"} if text_pool == "eos" else set())
     assert all(np.abs(g).max() > 0 for g in null.values())
+
+
+def test_adaln_single_makes_its_vectors_once_for_all_blocks():
+    toy = Toy(modulation="adaln_single", num_layers=3)
+    leaves = {name: leaf.shape for name, leaf in named_leaves(toy.params).items() if "adaln" in name}
+    tables = {f"blocks_{i}/adaln/table": (6, 16) for i in range(3)} | {"final_layer/adaln/table": (2, 16)}
+    assert leaves == tables | {"adaln_single/proj/kernel": (16, 96), "adaln_single/proj/bias": (96,)}
+    assert np.abs(toy.apply(toy.params, toy.x, toy.t + 0.1, toy.text) - toy()).max() > 1e-3
+
+
+def test_joint_text_has_no_order_but_what_its_states_say():
+    """And of the last block keys and values alone."""
+    toy = Toy(text_mode="joint")
+    order = np.array([2, 0, 1, 3, 4])
+    shuffled = toy.text._replace(hidden=toy.text.hidden[:, order], mask=toy.text.mask[:, order])
+    np.testing.assert_allclose(toy(shuffled), toy(), rtol=1e-4, atol=1e-4)
+    assert set(toy.params["blocks_0"]["text"]) == {"adaln", "attention", "mlp"}
+    assert set(toy.params["blocks_1"]["text"]) == {"adaln", "attention"}
+    assert set(toy.params["blocks_1"]["text"]["attention"]) == {"kv"}
+
+
+def test_qk_norm_takes_the_size_of_queries_and_keys_away():
+    """Their projection times ten changes nothing; without the norm it changes much. Values, a third of it, stay."""
+    ten = np.repeat([10.0, 10.0, 1.0], SMALL["num_heads"] * SMALL["attention_head_dim"])
+
+    def enlarge(path, leaf):
+        return np.asarray(leaf) * ten if "'qkv'" in str(path) else leaf
+
+    for qk_norm, least, most in ((True, 0, 1e-3), (False, 0.05, np.inf)):
+        toy = Toy(qk_norm=qk_norm, text_mode="pooled")
+        params = jax.tree_util.tree_map_with_path(enlarge, toy.params)
+        assert least <= np.abs(toy.apply(params, toy.x, toy.t, toy.text) - toy()).max() <= most
+
+
+def test_registers_are_read_and_are_no_part_of_the_picture():
+    toy = Toy(**OPTIONS["registers"])
+    assert toy.params["registers"].shape == (3, 16)
+    other = {**toy.params, "registers": -toy.params["registers"]}
+    moved = toy.apply(other, toy.x, toy.t, toy.text)
+    assert moved.shape == (2, 4, 6, 3) and np.abs(moved - toy()).max() > 1e-3
 
 
 @pytest.mark.parametrize("modulation", ["adaln", "adaln_zero"])
@@ -159,8 +216,14 @@ def test_a_fresh_model_returns_zero(toy):
     np.testing.assert_array_equal(toy.apply(params, toy.x, toy.t, toy.text), np.zeros((2, 4, 6, 3)))
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_gives_equal_gradients(toy, remat):
+@pytest.mark.parametrize(
+    ("remat", "name"), [("dots", "cross"), ("full", "cross"), ("full", "mmdit"), ("dots", "joint")]
+)
+def test_remat_gives_equal_gradients(remat, name):
+    """And every parameter has one."""
+    toy = Toy(**OPTIONS[name])
+    changes = {**SMALL, **OPTIONS[name]}
+
     def gradient(model):
         def loss(params):
             out = model.apply(
@@ -170,7 +233,7 @@ def test_remat_gives_equal_gradients(toy, remat):
 
         return jax.jit(jax.grad(loss))
 
-    plain, rematted = gradient(toy.model), gradient(DiT(**{**SMALL, "remat": remat}))
+    plain, rematted = gradient(toy.model), gradient(DiT(**{**changes, "remat": remat}))
     expected, found = named_leaves(plain(toy.params)), named_leaves(rematted(toy.params))
     assert all(np.abs(g).max() > 0 for name, g in expected.items() if "null" not in name)
     for name in expected:
@@ -192,7 +255,9 @@ def test_another_latent_grid_than_that_of_training(toy):
     assert toy.apply(toy.params, x, toy.t, toy.text).shape == (2, 8, 4, 3)
 
 
-def test_prepared_text_gives_the_same_prediction(toy):
+@pytest.mark.parametrize("name", ["pixart", "mmdit"])
+def test_prepared_text_gives_the_same_prediction(name):
+    toy = Toy(**OPTIONS[name])
     prepared = toy.model.apply({"params": toy.params}, toy.text, method="prepare_text")
     prediction = toy.model.apply({"params": toy.params}, toy.x, toy.t, prepared, False, method="predict")
     np.testing.assert_allclose(prediction, toy(), rtol=1e-5, atol=1e-6)

@@ -9,11 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from dit_jax.models import embeddings, layers
+from dit_jax.models import blocks, embeddings, layers
 from dit_jax.training.loss_scale import START, LossScale
 from dit_jax.training.optimizer import make_optimizer
 from dit_jax.training.state import TrainState, init_params
 from dit_jax.training.step import TrainStep
+from tests.models.options import OPTIONS
 from tests.toy import Toy
 from tests.toy_step import make_batch, make_state, make_step
 
@@ -24,7 +25,7 @@ ADAMW = make_optimizer("adamw", b1=0.9, b2=0.999, muon_momentum=0.95, weight_dec
 # the sigmoid of SiLU, and what only moves numbers or calls a function.
 ALLOWED = {"dot_general", "add", "add_any", "sub", "mul", "logistic"} | {
     "broadcast_in_dim", "concatenate", "convert_element_type", "pad", "reshape", "select_n", "slice", "split",
-    "squeeze", "transpose", "jit", "pjit", "custom_jvp_call", "custom_vjp_call",
+    "squeeze", "stack", "transpose", "unstack", "jit", "pjit", "custom_jvp_call", "custom_vjp_call",
 }  # fmt: skip
 # What norms, softmax, time features, random draws and the optimizer cannot do without.
 IN_FLOAT32 = {"exp", "rsqrt", "sqrt", "cos", "sin", "erf_inv", "pow", "div", "reduce_sum", "reduce_max"}
@@ -65,9 +66,9 @@ def audit(dtype: Any, **changes: Any) -> tuple[set[str], set[str], list[set[str]
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("change", [{}, {"text_mode": "pooled", "text_pool": "mean", "modulation": "adaln"}], ids=str)
-def test_products_are_in_16_bits_and_all_that_is_delicate_in_float32(dtype, change):
-    halves, floats, products = audit(dtype, **change)
+@pytest.mark.parametrize("name", ["tutorial", "dit", "lightning", "joint", "registers"])
+def test_products_are_in_16_bits_and_all_that_is_delicate_in_float32(dtype, name):
+    halves, floats, products = audit(dtype, **OPTIONS[name])
     assert halves <= ALLOWED
     assert floats >= IN_FLOAT32
     # in each of two blocks at least qkv, out, two of the MLP, the modulation, scores and their sum; backwards two each
@@ -99,7 +100,7 @@ def norm_in_16_bits(x, dtype):
 BROKEN = {
     "softmax": (layers, "attend", softmax_in_16_bits, "exp"),
     "norm": (layers, "layer_norm", norm_in_16_bits, "rsqrt"),
-    "sums": (layers, "spread", lambda x, shape, dtype: jnp.broadcast_to(x, shape), "reduce_sum"),
+    "sums": (blocks, "spread", lambda x, shape, dtype: jnp.broadcast_to(x, shape), "reduce_sum"),
     "biases": (embeddings, "spread", lambda x, shape, dtype: jnp.broadcast_to(x.astype(dtype), shape), "reduce_sum"),
 }
 
@@ -120,7 +121,7 @@ def test_the_audit_sees_a_product_in_float32(monkeypatch):
 
 
 FAINT = 2.0**-14
-OPTIONS = {"to_model_latents": lambda raw: raw, "caption_dropout": 0.1}
+PLAIN = {"to_model_latents": lambda raw: raw, "caption_dropout": 0.1}
 
 
 class Faint(TrainStep):
@@ -134,7 +135,7 @@ def end_loss(dtype: Any, scale: float, learning_rate: float) -> float:
     """The mean loss of the last 20 of 200 steps, over the same data and noise whatever the arguments."""
     toy, shape = Toy(dropout=0.0, dtype=dtype), (4, 4, 6, 3)
     optimizer = optax.chain(optax.scale(1 / FAINT), ADAMW)
-    step = make_step(toy, Faint, optimizer=optimizer, learning_rate=lambda n: learning_rate, **OPTIONS)
+    step = make_step(toy, Faint, optimizer=optimizer, learning_rate=lambda n: learning_rate, **PLAIN)
     params = init_params(toy.model, jax.random.key(0), 4, 6)
     ema, zero = jax.tree.map(jnp.copy, params), jnp.zeros((), jnp.int32)
     loss_scale = LossScale(jnp.float32(scale), zero, zero)
