@@ -23,7 +23,7 @@ their own. Both streams attend to the tokens of both (Esser et al. 2024, MM-DiT)
 What the last block makes of the text nobody reads: there it has keys and values only.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -123,8 +123,10 @@ class Stream(nn.Module):
 
     def vectors(self, c: Array) -> Vectors:
         """Those of the block's two branches."""
-        found = self.adaln(c)
-        return Vectors(*found) if len(found) == 6 else Vectors(*found[:2], None, *found[2:], None)
+        if self.spec.modulation == "adaln":
+            shift_1, scale_1, shift_2, scale_2 = self.adaln(c)
+            return Vectors(shift_1, scale_1, None, shift_2, scale_2, None)
+        return Vectors(*self.adaln(c))
 
     def read(self, x: Array, vectors: Vectors, angles: Angles | None) -> tuple[Array, Array, Array]:
         """Queries, keys and values of equation (2), each ``[B, H, N, K]``."""
@@ -152,7 +154,8 @@ class LastText(nn.Module):
         self.attention = TextKeysValues(self.spec)
 
     def __call__(self, tokens: Array, c: Array) -> KeysValues:
-        return self.attention(modulate(tokens, *self.adaln(c), self.spec.norm))
+        shift, scale = self.adaln(c)
+        return self.attention(modulate(tokens, shift, scale, self.spec.norm))
 
 
 class DiTBlock(Stream):
@@ -176,7 +179,7 @@ class DiTBlock(Stream):
         return self.cross.keys_values(tokens)
 
     def __call__(
-        self, x: Array, text: Array | KeysValues | None, c: Array, mask: Array, angles: Angles | None, train: bool
+        self, x: Array, text: Any, c: Array, mask: Array, angles: Angles | None, train: bool
     ) -> tuple[Array, Array | None]:
         """One block.
 
