@@ -93,7 +93,7 @@ def load_config(spec: str, overrides: Mapping[str, str]) -> ConfigDict:
     name, colon, inline = spec.partition(":") if ":" in spec[2:] else (spec, "", "")
     path = Path(name)
     if not path.is_file():
-        presets = [str(p) for p in sorted(Path("configs").glob("*.py")) if p.stem not in ("__init__", "default")]
+        presets = [str(p) for p in sorted(Path("configs").rglob("*.py")) if p.stem not in ("__init__", "default")]
         there_are = f"there are {', '.join(presets)}" if presets else "give its full path"
         raise ConfigError(f"no config file {name} in {Path.cwd()}; {there_are}")
     config = _fresh(read_json(path)) if path.suffix == ".json" else _run_config_file(path)
@@ -103,8 +103,10 @@ def load_config(spec: str, overrides: Mapping[str, str]) -> ConfigDict:
 
 
 def _run_config_file(path: Path) -> ConfigDict:
-    """Import a config file and call its ``get_config``; `configs` beside it can be imported from it."""
-    root = str(path.resolve().parent.parent)
+    """Import a config file and call its ``get_config``; `configs`, which it lies in, can be imported from it."""
+    folder = path.resolve().parent
+    folder = next((above for above in (folder, *folder.parents) if above.name == "configs"), folder)
+    root = str(folder.parent)
     if root not in sys.path:
         sys.path.insert(0, root)
     try:

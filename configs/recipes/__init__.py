@@ -1,4 +1,4 @@
-"""Published recipes on the shapes world: same data, size, optimizer and budget, so that what a paper chose is all that differs.
+"""Published recipes on the shapes world: same data, size, optimizer and budget; what a paper chose is all that differs.
 
 Each file has `recipe(c)`, which sets what the paper sets, on any config that begins as `configs/default.py` does:
 
