@@ -7,8 +7,9 @@ import pytest
 from scipy import stats
 
 from dit_jax.diffusion import objectives
+from dit_jax.diffusion.mixture import COMPONENTS
 from dit_jax.diffusion.process import Process
-from dit_jax.diffusion.schedules import make_schedule
+from dit_jax.diffusion.schedules import SCHEDULES, make_schedule
 
 KEYS = jax.random.split(jax.random.key(0), 4000)
 PLACES = jnp.arange(4000) / 4000
@@ -144,3 +145,50 @@ def test_loss_is_float32_and_leaves_variance_channels_alone():
     with_variance = jnp.concatenate([targets.epsilon + 1, jnp.full_like(x_t, 1e6)], axis=-1)
     np.testing.assert_allclose(objectives.loss(process, with_variance, targets, x_t, t), [1], rtol=1e-5)
     assert objectives.loss(process, x_t.astype(jnp.bfloat16), targets, x_t, t).dtype == jnp.float32
+
+
+TARGETS = ["x0", "epsilon", "v", "flow"]
+
+
+def answers(process, t, variance):
+    """x_t, the targets of random latents, and a network's answer: a wrong prediction, and ``variance`` for eq. 9."""
+    B = len(t)
+    x0 = jax.random.normal(jax.random.key(1), (B, 4, 4, 2))
+    x_t, targets = process.corrupt(KEYS[:B], x0, t)
+    prediction = getattr(targets, process.prediction)
+    prediction += 0.3 * jnp.sin(jnp.arange(prediction.size)).reshape(prediction.shape)
+    channels = jnp.broadcast_to(2 * variance - 1, x_t.shape)
+    return x_t, targets, jnp.concatenate([prediction, channels], -1)
+
+
+def gaussian_kl(mean_q, variance_q, mean_p, variance_p):
+    return 0.5 * (np.log(variance_p / variance_q) + (variance_q + (mean_q - mean_p) ** 2) / variance_p - 1)
+
+
+@pytest.mark.parametrize("prediction", TARGETS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_variance_is_trained_by_the_kl_of_two_gaussians(schedule, prediction):
+    """Posterior and step by their definitions, one after the other in float64: nothing is cancelled by hand."""
+    process = Process(make_schedule(schedule, 1.0), prediction)
+    t = jnp.array([0.0006, 0.0035, 0.2, 0.6, 0.97])
+    v = jax.random.uniform(jax.random.key(4), (5, 4, 4, 2), minval=-0.2, maxval=1.2)
+    x_t, targets, answer = answers(process, t, v)
+    found = jax.jit(lambda answer: objectives.variance_loss(process, answer, targets, t))(answer)
+    assert found.shape == (5,) and found.dtype == np.float32
+    for i, s in enumerate([0.0003, 0.0025, 0.199, 0.599, 0.969]):
+        ratio = [noise_ratio(schedule, float(time)) for time in (t[i], s)]
+        if schedule == "rectified_flow":
+            (a_t, a_s), (s_t, s_s) = (1 - float(t[i]), 1 - s), (float(t[i]), s)
+        else:
+            (a_t, a_s), (s_t, s_s) = 1 / np.hypot(1, ratio), ratio / np.hypot(1, ratio)
+        forward = a_t / a_s
+        most = s_t**2 - forward**2 * s_s**2
+        least = most * s_s**2 / s_t**2
+        slope = slope_by_hand(schedule, prediction, a_t, s_t, process, float(t[i]))
+        truth = np.asarray(targets.x0[i], np.float64)
+        x = a_t * truth + s_t * np.asarray(targets.epsilon[i], np.float64)
+        wrong = np.asarray(answer[i, ..., :2], np.float64) - np.asarray(getattr(targets, prediction)[i], np.float64)
+        means = [forward * s_s**2 / s_t**2 * x + a_s * most / s_t**2 * x0 for x0 in (truth, truth + wrong / slope)]
+        learned = np.exp(np.asarray(v[i]) * np.log(most) + (1 - np.asarray(v[i])) * np.log(least))
+        bits = gaussian_kl(means[0], least, means[1], learned).mean() / np.log(2)
+        assert float(found[i]) == pytest.approx(1000 * bits, rel=5e-3), f"t = {t[i]}"

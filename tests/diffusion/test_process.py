@@ -192,12 +192,14 @@ def test_noise_is_standard_normal_and_each_sample_has_its_own():
     np.testing.assert_allclose(shuffled[::-1], x_t, rtol=1e-6, atol=1e-6)
 
 
-def test_split_takes_the_variance_channels_off():
+def test_split_takes_the_variance_channels_off_and_reads_them_from_0_to_1():
     process = Process(make_schedule("linear", 1.0), "epsilon")
     both = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
     prediction, variance = process.split(both, 4)
     np.testing.assert_array_equal(prediction, both[..., :4])
-    np.testing.assert_array_equal(variance, both[..., 4:])
+    np.testing.assert_array_equal(variance, (np.asarray(both[..., 4:]) + 1) / 2)
+    _, ends = process.split(jnp.array([7.0, 7.0, -1.0, 1.0], jnp.bfloat16), 2)
+    np.testing.assert_array_equal(ends, np.array([0, 1], np.float32), strict=True)
     prediction, variance = process.split(both, 8)
     np.testing.assert_array_equal(prediction, both)
     assert variance is None

@@ -148,6 +148,17 @@ def test_each_segment_uses_its_own_denoise(name):
     np.testing.assert_array_equal(x, np.zeros_like(x))  # the last step returns x0
 
 
+def posterior_by_hand(schedule, t, s, x_t, x0):
+    """Mean and both bounds of the variance of a reverse step, as Nichol and Dhariwal 2021, eqs. 10 to 15; float64."""
+    a_t, a_s, s_t, s_s = (
+        float(f(time)) for f in (schedule.alpha, schedule.sigma) for time in (jnp.float32(t), jnp.float32(s))
+    )
+    forward = a_t / a_s  # x_t = forward x_s + noise of variance added
+    added = s_t**2 - forward**2 * s_s**2
+    mean = forward * s_s**2 / s_t**2 * x_t + a_s * added / s_t**2 * x0
+    return mean, added * s_s**2 / s_t**2, added
+
+
 @pytest.mark.parametrize("process", [CURVED, STRAIGHT])
 def test_step_k_of_image_i_draws_from_its_key_folded_by_k(process):
     """The run by hand: the posterior of DDPM in its own words, and the keys of the contract."""
@@ -155,16 +166,47 @@ def test_step_k_of_image_i_draws_from_its_key_folded_by_k(process):
     x = np.asarray(samplers.draw_prior(KEYS, (4, 4, 2)), np.float64)
     for k in range(STEPS):
         t, s = grid[k], grid[k + 1]
-        a_t, a_s, s_t, s_s = (
-            float(f(time)) for f in (schedule.alpha, schedule.sigma) for time in (jnp.float32(t), jnp.float32(s))
-        )
         x0 = np.asarray(denoise(jnp.asarray(x, jnp.float32), jnp.full(3, t)).x0, np.float64)
         z = np.stack([jax.random.normal(jax.random.fold_in(key, k), (4, 4, 2)) for key in KEYS])
-        forward = a_t / a_s  # x_t = forward x_s + noise of variance added
-        added = s_t**2 - forward**2 * s_s**2
-        mean = forward * s_s**2 / s_t**2 * x + a_s * added / s_t**2 * x0
-        x = mean + np.sqrt(added * s_s**2 / s_t**2) * z
+        mean, variance, _ = posterior_by_hand(schedule, t, s, x, x0)
+        x = mean + np.sqrt(variance) * z
     np.testing.assert_allclose(draw("ddpm", process, KEYS), x, rtol=1e-4, atol=1e-4)
+
+
+def with_variance(process, variance):
+    def denoise(x_t, t):
+        return wavy(process)(x_t, t)._replace(variance=variance(x_t))
+
+    return [(0, STEPS, denoise)]
+
+
+@pytest.mark.parametrize("process", [CURVED, STRAIGHT])
+def test_ddpm_draws_with_the_variance_between_its_bounds(process):
+    grid, sampler = uniform(process.schedule, STEPS), samplers.ddpm(process, uniform(process.schedule, STEPS))
+    ((_, _, denoise),) = with_variance(process, jnp.sin)
+    x = jax.random.normal(jax.random.key(3), (3, 4, 4, 2))
+    z = np.stack([jax.random.normal(key, (4, 4, 2)) for key in KEYS])
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        x_next, _ = sampler.step(denoise, KEYS, x, jnp.float32(t), jnp.float32(s), ())
+        mean, least, most = posterior_by_hand(process.schedule, t, s, x, denoise(x, jnp.full(3, t)).x0)
+        v = np.sin(np.asarray(x, np.float64))
+        std = np.sqrt(most**v * least ** (1 - v)) if s > 0 else 0.0
+        np.testing.assert_allclose(x_next, mean + std * z, rtol=1e-4, atol=1e-4, err_msg=f"{t} to {s}")
+
+
+@pytest.mark.parametrize("process", [CURVED, STRAIGHT])
+def test_the_smallest_variance_is_that_of_ancestral_sampling_bit_for_bit(process):
+    smallest, largest = (draw("ddpm", process, KEYS, with_variance(process, f)) for f in (jnp.zeros_like, jnp.ones_like))
+    np.testing.assert_array_equal(smallest, draw("euler_ancestral", process, KEYS))
+    np.testing.assert_array_equal(smallest, draw("ddpm", process, KEYS))
+    assert np.abs(largest - smallest).max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["ddim0.0", "ddim0.5", "dpmpp_2m", "euler", "euler_ancestral", "heun"])
+def test_samplers_but_ddpm_do_not_ask_for_the_variance(name):
+    np.testing.assert_array_equal(
+        draw(name, STRAIGHT, KEYS, with_variance(STRAIGHT, jnp.cos)), draw(name, STRAIGHT, KEYS)
+    )
 
 
 @pytest.mark.parametrize(("name", "evaluations"), [("ddim0.5", 1), ("dpmpp_2m", 1), ("euler", 1), ("heun", 2)])
