@@ -87,7 +87,7 @@ def get_config() -> ConfigDict:
     c.diffusion.weighting = "uniform"  # of the loss over times: uniform | min_snr | sigmoid
     c.diffusion.min_snr_gamma = 5.0  # min_snr only
     c.diffusion.sigmoid_bias = 0.0  # sigmoid only: larger counts times with less noise too
-    c.diffusion.variance_weight = 0.001  # of the loss of a learned variance: only where model.out_channels has room for one
+    c.diffusion.variance_weight = 0.001  # of the loss of a learned variance: only read where the model has one
     c.caption_dropout = 0.1  # captions replaced by the learned null caption, for guidance
 
     # ---- the model: the fields of dit_jax.models.dit.DiT

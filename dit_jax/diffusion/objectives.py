@@ -160,6 +160,7 @@ def variance_loss(process: Process, prediction: Array, targets: Targets, t: Arra
     """
     target = getattr(targets, process.prediction)
     mean, variance = process.split(prediction, target.shape[-1])
+    assert variance is not None, "the network has no channels for a variance"
     t = _inside(t)
     s = jnp.maximum(t - 1 / T, t / 2)  # (9)
     schedule, rows = process.schedule, (-1,) + (1,) * (target.ndim - 1)

@@ -9,9 +9,10 @@ estimate of x0 and replaces part of the estimated noise by fresh noise z, in all
 q is the share of the noise of x_s that, in the forward process, was not yet decided by x_t. On a variance
 preserving schedule sigma_s sqrt(q) is the standard deviation of eq. 16. Two values of eta have names:
 
-*eta = 1 is euler_ancestral, and ddpm without a learned variance.* Put epsilon = (x_t - alpha_t x0) / sigma_t into (1), and the mean and variance
-are those of the true posterior of x_s given x_t and x0 (Ho et al. 2020, eqs. 6 and 7). The ancestral Euler of Karras'
-coordinates (3) steps to u = u_s^2 / u_t and adds noise up to u_s, which is the same: sqrt(1 - q) = u_s / u_t.
+*eta = 1 is euler_ancestral, and ddpm without a learned variance.* Put epsilon = (x_t - alpha_t x0) / sigma_t into (1),
+and the mean and variance are those of the true posterior of x_s given x_t and x0 (Ho et al. 2020, eqs. 6 and 7). The
+ancestral Euler of Karras' coordinates (3) steps to u = u_s^2 / u_t and adds noise up to u_s, which is the same:
+sqrt(1 - q) = u_s / u_t.
 
 *eta = 0 is euler.* Without fresh noise, x_t follows an ordinary differential equation, which is simplest in
 coordinates y and u:
@@ -36,9 +37,9 @@ part is known exactly and x0 is extrapolated from this step and the one before, 
 
 an error of second order for one evaluation a step. The first step and the one to sigma = 0 take D = x0: Euler's.
 
-**ddpm** with a learned variance (Nichol and Dhariwal 2021, eq. 15) keeps the mean of eq. 1 at eta = 1. Its variance there,
-beta~, is right where x_t leaves no doubt about x0. Where x0 is standard normal, x_s given x_t has the variance beta,
-and the network says where between the two, on a scale of logarithms, the truth lies:
+**ddpm** with a learned variance (Nichol and Dhariwal 2021, eq. 15) keeps the mean of eq. 1 at eta = 1. The variance
+there, beta~, is right where x_t leaves no doubt about x0. If x0 is standard normal, x_s given x_t has the variance beta
+on a variance preserving schedule. The network says where between the two, on a scale of logarithms, the truth lies:
 
     beta~ = sigma_s^2 q,    beta = sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2 = sigma_t^2 q,
     Sigma = beta^v beta~^(1 - v) = (sigma_t / sigma_s)^(2 v) beta~                     (8)

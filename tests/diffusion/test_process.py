@@ -7,6 +7,7 @@ import pytest
 
 from dit_jax.diffusion.process import Process
 from dit_jax.diffusion.schedules import SCHEDULES, make_schedule
+from tests.diffusion.by_hand import coefficients_by_hand
 
 TARGETS = ["x0", "epsilon", "v", "flow"]
 SHAPE = (8, 8, 4)  # h w C
@@ -29,29 +30,6 @@ def relative_error(a, b):
     """max |a - b| / max |b| of each sample."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     return np.max(np.abs(a - b), axis=(1, 2, 3)) / np.max(np.abs(b), axis=(1, 2, 3))
-
-
-def coefficients_by_hand(name, t):
-    """alpha, sigma and their derivatives at scalar t, in float64, from the angle or the line."""
-    if name == "rectified_flow":
-        return 1 - t, t, -1.0, 1.0
-    if name == "edm":
-        if t == 0:
-            return 1.0, 0.0, 0.0, 0.002 * np.log(80 / 0.002)
-        span = np.log(80 / 0.002)
-        r = 0.002 * np.exp(span * t)
-        return (
-            1 / np.hypot(1, r),
-            r / np.hypot(1, r),
-            -r * span * r / np.hypot(1, r) ** 3,
-            span * r / np.hypot(1, r) ** 3,
-        )
-    ratio = make_schedule(name, 1.0).ratio
-    k = min(int(np.floor(t * 1000)), 999)
-    slope = 1000 * (ratio[k + 1] - ratio[k])
-    r = ratio[k] + (t - k / 1000) * slope
-    angle = np.arctan(r)  # alpha = cos, sigma = sin
-    return np.cos(angle), np.sin(angle), -np.sin(angle) * slope / (1 + r * r), np.cos(angle) * slope / (1 + r * r)
 
 
 @each_schedule

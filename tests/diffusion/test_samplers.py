@@ -196,7 +196,9 @@ def test_ddpm_draws_with_the_variance_between_its_bounds(process):
 
 @pytest.mark.parametrize("process", [CURVED, STRAIGHT])
 def test_the_smallest_variance_is_that_of_ancestral_sampling_bit_for_bit(process):
-    smallest, largest = (draw("ddpm", process, KEYS, with_variance(process, f)) for f in (jnp.zeros_like, jnp.ones_like))
+    smallest, largest = (
+        draw("ddpm", process, KEYS, with_variance(process, f)) for f in (jnp.zeros_like, jnp.ones_like)
+    )
     np.testing.assert_array_equal(smallest, draw("euler_ancestral", process, KEYS))
     np.testing.assert_array_equal(smallest, draw("ddpm", process, KEYS))
     assert np.abs(largest - smallest).max() > 0.01
