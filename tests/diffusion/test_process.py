@@ -34,9 +34,14 @@ def relative_error(a, b):
 
 @each_schedule
 def test_every_target_to_every_other_and_back(name):
-    t = np.linspace(0.001, 0.995, 64, dtype=np.float32)
+    """At even times to 1e-4; and over log-SNR from -15 to 15, where float32 holds the smaller part of x_t less well."""
+    schedule = make_schedule(name, 1.0)
+    even = np.linspace(0.001, 0.995, 64, dtype=np.float32)
+    extreme = np.asarray(schedule.time_of(jnp.linspace(-15, 15, 61)))
+    t = np.concatenate([even, extreme[extreme > 0]])  # edm has no log-SNR above 12.4
+    tolerance = np.where(np.arange(len(t)) < len(even), 1e-4, 5e-4)
     x_t, truth = corrupted(name, t)
-    process = {target: Process(make_schedule(name, 1.0), target) for target in TARGETS}
+    process = {target: Process(schedule, target) for target in TARGETS}
 
     @jax.jit
     def cycles(truth, x_t, t):
@@ -48,8 +53,9 @@ def test_every_target_to_every_other_and_back(name):
         }
 
     for cycle, value in cycles(truth, x_t, t).items():
-        error = relative_error(value, getattr(truth, cycle.split()[0])).max()
-        assert error <= 1e-4, f"{cycle}: {error:.1e}"
+        error = relative_error(value, getattr(truth, cycle.split()[0]))
+        worst = np.argmax(error / tolerance)
+        assert error[worst] <= tolerance[worst], f"{cycle} at t = {t[worst]}: {error[worst]:.1e}"
 
 
 @each_schedule

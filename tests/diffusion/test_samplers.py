@@ -10,6 +10,7 @@ from dit_jax.diffusion.grids import uniform
 from dit_jax.diffusion.mixture import expected_x0, make_denoise
 from dit_jax.diffusion.process import Process
 from dit_jax.diffusion.schedules import make_schedule
+from dit_jax.sharding import batch_sharding, make_mesh
 
 
 def runge_kutta(y, ratio_from, ratio_to, steps=400):
@@ -41,7 +42,7 @@ def smooth_grid(name, steps):
     return np.interp(ratio, table, np.linspace(0, 1, len(table))).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", ["cosine", "edm", "rectified_flow"])
+@pytest.mark.parametrize("name", ["scaled_linear", "cosine", "edm", "rectified_flow"])
 def test_order_of_convergence(name):
     """Euler's error falls like steps^-1, those of Heun and of dpmpp_2m like steps^-2."""
     process = Process(make_schedule(name, 1.0), "x0")
@@ -125,11 +126,23 @@ def draw(name, process, keys, segments=None):
     return jax.jit(lambda keys: samplers.run(sampler, keys, samplers.draw_prior(keys, (4, 4, 2)), grid, segments))(keys)
 
 
-@pytest.mark.parametrize(("name", "process"), [("ddpm", CURVED), ("heun", STRAIGHT), ("dpmpp_2m", CURVED)])
+ALL = ["ddpm", "ddim0.5", "dpmpp_2m", "euler", "euler_ancestral", "heun"]
+
+
+@pytest.mark.parametrize(("name", "process"), list(zip(ALL, 3 * [CURVED, STRAIGHT], strict=True)))
 def test_an_image_is_the_same_alone_and_in_a_batch(name, process):
     together = draw(name, process, KEYS)
     np.testing.assert_allclose(draw(name, process, KEYS[1:2])[0], together[1], rtol=1e-5, atol=1e-5)
     assert np.abs(together[0] - together[1]).max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m"])
+def test_an_image_is_the_same_on_one_device_and_on_two(name):
+    keys = jax.random.split(jax.random.key(8), 4)
+    mesh = make_mesh(jax.devices()[:2])
+    spread = draw(name, CURVED, jax.device_put(keys, batch_sharding(mesh)))
+    assert {shard.data.shape[0] for shard in spread.addressable_shards} == {2}  # each device drew its own half
+    np.testing.assert_allclose(spread, draw(name, CURVED, keys), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "process"), [("ddpm", STRAIGHT), ("heun", CURVED), ("dpmpp_2m", STRAIGHT)])
@@ -139,7 +152,7 @@ def test_segments_are_one_walk(name, process):
     np.testing.assert_allclose(cut, draw(name, process, KEYS), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m", "euler", "heun"])
+@pytest.mark.parametrize("name", ALL)
 def test_each_segment_uses_its_own_denoise(name):
     def black(x_t, t):
         return CURVED.from_x0(jnp.zeros_like(x_t), x_t, t)
@@ -236,7 +249,7 @@ def test_runs_from_pure_noise_are_finite_for_every_prediction_but_epsilon(name, 
         assert np.all(np.isfinite(draw(name, process, KEYS, [(0, STEPS, denoise)])))
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim0.0", "dpmpp_2m", "euler", "heun"])
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("schedule", ["cosine", "rectified_flow"])
 def test_epsilon_is_refused_where_it_cannot_see_x0(name, schedule):
     process = Process(make_schedule(schedule, 1.0), "epsilon")
