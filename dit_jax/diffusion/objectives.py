@@ -164,8 +164,8 @@ def variance_loss(process: Process, prediction: Array, targets: Targets, t: Arra
     t = _inside(t)
     s = jnp.maximum(t - 1 / T, t / 2)  # (9)
     schedule, rows = process.schedule, (-1,) + (1,) * (target.ndim - 1)
-    fall = jnp.minimum(schedule.log_snr(t) - schedule.log_snr(s), 0.0)  # near 0, rounding may turn it round
-    log_scale = schedule.log_snr(s) + jnp.log(-jnp.expm1(fall)) - 2 * jnp.log(process.slope(t))
+    q = -jnp.expm1(schedule.log_snr(t) - schedule.log_snr(s))
+    log_scale = schedule.log_snr(s) + jnp.log(q) - 2 * jnp.log(process.slope(t))
     scale = jnp.exp(log_scale).reshape(rows)  # of the squared error in (10)
     error = jax.lax.stop_gradient(mean).astype(jnp.float32) - target
     d = variance * 2 * (jnp.log(schedule.sigma(t)) - jnp.log(schedule.sigma(s))).reshape(rows)

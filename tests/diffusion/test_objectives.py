@@ -227,7 +227,7 @@ def test_the_loss_of_the_variance_does_not_move_the_mean():
     assert (one[..., 2:] == 0).all() and (both[..., 2:] != 0).all()
 
 
-@pytest.mark.parametrize(("schedule", "t"), [("linear", 0.05), ("linear", 0.5), ("cosine", 0.7), ("edm", 0.4)])
+@pytest.mark.parametrize(("schedule", "t"), [("linear", 0.05), ("scaled_linear", 0.03), ("cosine", 0.2), ("edm", 0.4)])
 def test_what_is_learned_is_the_variance_of_the_data_and_lies_between_the_bounds(schedule, t):
     """A mixture of unit variance with its exact mean: the true variance of a step is the smallest one, plus what is
     not known of x0, here by quadrature; and there the loss is least."""
@@ -250,7 +250,7 @@ def test_what_is_learned_is_the_variance_of_the_data_and_lies_between_the_bounds
     unknown = (density.sum(1) * unknown).sum() / density.sum()
     true = least + (a_s * added / s_t**2) ** 2 * unknown
     v_true = np.log(true / least) / np.log(added / least)
-    assert 0 < v_true < 1
+    assert 0 < v_true < 0.95
 
     n = 200_000
     rng = np.random.default_rng(0)
