@@ -87,6 +87,7 @@ def get_config() -> ConfigDict:
     c.diffusion.weighting = "uniform"  # of the loss over times: uniform | min_snr | sigmoid
     c.diffusion.min_snr_gamma = 5.0  # min_snr only
     c.diffusion.sigmoid_bias = 0.0  # sigmoid only: larger counts times with less noise too
+    c.diffusion.variance_weight = 0.001  # of the loss of a learned variance: only read where the model has one
     c.caption_dropout = 0.1  # captions replaced by the learned null caption, for guidance
 
     # ---- the model: the fields of dit_jax.models.dit.DiT
@@ -97,7 +98,7 @@ def get_config() -> ConfigDict:
     c.model.attention_head_dim = 64
     c.model.patch_size = 2
     c.model.in_channels = 4
-    c.model.out_channels = 4  # in_channels, or twice that: room for a variance, which no loss trains yet
+    c.model.out_channels = 4  # in_channels, or twice that: with a learned variance, which sampler ddpm draws with
     c.model.mlp_ratio = 4.0
     c.model.mlp = "silu"  # silu | gelu | swiglu (two thirds as wide, with one matrix more)
     c.model.norm = "layer"  # layer | rms

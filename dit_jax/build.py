@@ -190,6 +190,7 @@ def make_step(
         process=process,
         sample_times=make_times(config, process),
         weight=make_weight(config, process),
+        variance_weight=config.diffusion.variance_weight,
         to_model_latents=make_latents(config).to_model,
         optimizer=optimizer,
         learning_rate=learning_rate,

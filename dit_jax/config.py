@@ -39,6 +39,7 @@ ADDED = {
     "diffusion.weighting": "uniform",
     "diffusion.min_snr_gamma": 5.0,
     "diffusion.sigmoid_bias": 0.0,
+    "diffusion.variance_weight": 0.001,
     "sample.grid": "uniform",
     "sample.grid_shift": 3.0,
     "sample.grid_rho": 7.0,

@@ -104,7 +104,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     (
         "above 0",
         lambda x: 0 < x < math.inf,
-        ("model.mlp_ratio", "model.time_scale", "sample.grid_shift", "sample.grid_rho"),
+        ("model.mlp_ratio", "model.time_scale", "diffusion.variance_weight", "sample.grid_shift", "sample.grid_rho"),
     ),
     ("above 0", lambda x: x > 0, ("clip_norm",)),
     ("in [0, 1)", lambda x: 0 <= x < 1, ("adam_b1", "adam_b2", "muon_momentum", "ema_decay")),

@@ -51,6 +51,7 @@ def test_gaps_are_filled_from_the_encoders_and_epochs_from_the_data():
         ({"sample__guidance_scale": "inf"}, "sample.guidance_scale is inf; it must be 0 or more"),
         ({"sample__eta": "-1"}, "sample.eta is -1.0; it must be in [0, 1]"),
         ({"model__time_scale": "nan"}, "model.time_scale is nan; it must be above 0"),
+        ({"diffusion__variance_weight": "0"}, "diffusion.variance_weight is 0.0; it must be above 0"),
         ({"clip_norm": "0"}, "clip_norm is 0.0; it must be above 0"),
         ({"clip_norm": "nan"}, "clip_norm is nan; it must be above 0"),
         ({"model__mlp_ratio": "0"}, "model.mlp_ratio is 0.0; it must be above 0"),

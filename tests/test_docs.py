@@ -109,7 +109,8 @@ def help_of(program: str) -> str:
     """What ``python -m dit_jax.PROGRAM --help`` prints."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
-        importlib.import_module(f"dit_jax.{program}").main(["--help"])
+        module = f"dit_jax.{program}.__main__" if (PACKAGE / program).is_dir() else f"dit_jax.{program}"
+        importlib.import_module(module).main(["--help"])
     return said.getvalue()
 
 
@@ -130,7 +131,7 @@ def test_commands_name_programs_flags_keys_and_configs_that_exist(document):
 @each_document
 def test_names_in_backticks_exist(document):
     words = words_of_sources() | {path.name for path in (REPOSITORY / "configs").glob("*.py")}
-    flags = '"--help"' + "".join(path.read_text(encoding="utf-8") for path in PACKAGE.glob("*.py"))
+    flags = '"--help"' + "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
     for name in set(TICKS.findall(FENCE.sub("", read(document)))):
         for flag in FLAG.findall(name):
             key = flag.removeprefix("config.")

@@ -18,6 +18,7 @@ from dit_jax import train
 from dit_jax.config import ADDED, load_config
 from dit_jax.encoders.places import ASSETS
 from dit_jax.errors import CheckpointError, ConfigError, DivergedError
+from dit_jax.sample import Pipeline
 from dit_jax.trees import named_leaves
 from tests.tiny_run import tiny_config, tiny_flags, train_tiny
 
@@ -210,6 +211,20 @@ def test_a_run_does_not_begin_with_parameters_for_other_encoders(tiny_run, tmp_p
         train_tiny(tmp_path / "new", init_from=str(tiny_run), vae=str(vae))
     with pytest.raises(CheckpointError, match="no run in nowhere"):
         train_tiny(tmp_path / "newer", init_from="nowhere")
+
+
+def test_a_run_may_learn_the_variance_that_ddpm_draws_with(tmp_path):
+    run = train_tiny(tmp_path, model__out_channels="8", total_steps="3", sample__sampler="ddpm")
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+    kernel = leaves(run, 3)["params/final_layer/linear/kernel"]  # it began at 0
+    assert (np.abs(kernel.reshape(-1, 8)).max(0) > 0).all()
+
+    pipeline = Pipeline.load(run)
+    ddpm, ancestral = (
+        pipeline.draw(["a large red circle"], [0], sampler=name).astype(int) for name in ("ddpm", "euler_ancestral")
+    )
+    assert np.abs(ddpm - ancestral).max() > 1  # the same mean, another variance
 
 
 def test_samples_of_a_run_may_be_decoded_by_another_vae(tiny_run, tmp_path, capsys):

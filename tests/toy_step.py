@@ -26,6 +26,7 @@ def make_step(toy: Toy, kind: type[TrainStep] = TrainStep, **changes: Any) -> Tr
         "process": process,
         "sample_times": uniform(process.schedule),
         "weight": None,
+        "variance_weight": 0.001,
         "to_model_latents": lambda raw: raw * 2.0,
         "optimizer": optax.sgd(1.0),
         "learning_rate": optax.constant_schedule(0.1),

@@ -38,7 +38,8 @@ class Case:
       scheduler: its class.
       sampler, schedule, prediction, shift, eta: ours.
       spacing: how a variance preserving scheduler spaces its steps; leading starts late, linspace ends early, karras
-        is a grid of noise levels.
+        is a grid of noise levels, last is the last trained steps, one after the other.
+      variance: diffusers' name for the variance of a step of DDPM.
     """
 
     scheduler: str
@@ -48,17 +49,25 @@ class Case:
     spacing: str = ""
     shift: float = 1.0
     eta: float = 0.0
+    variance: str = "fixed_small"
 
     @property
     def name(self) -> str:
         grid = self.spacing or f"shift{self.shift:g}"
-        return f"{self.sampler}-{self.schedule}-{self.prediction}-eta{self.eta:g}-{grid}"
+        learned = "-learned" if self.variance == "learned_range" else ""
+        return f"{self.sampler}-{self.schedule}-{self.prediction}-eta{self.eta:g}-{grid}{learned}"
 
 
 CASES = [
     Case("DDPMScheduler", "ddpm", "linear", "epsilon", spacing="leading"),
     Case("DDPMScheduler", "ddpm", "scaled_linear", "v", spacing="trailing"),
     Case("DDPMScheduler", "ddpm", "cosine", "x0", spacing="trailing"),
+    # All end at diffusers' step 0: after any other it draws its learned variance once more, and does not return x0.
+    Case("DDPMScheduler", "ddpm", "scaled_linear", "epsilon", spacing="leading", variance="learned_range"),
+    Case("DDPMScheduler", "ddpm", "linear", "v", spacing="leading", variance="learned_range"),
+    Case("DDPMScheduler", "ddpm", "cosine", "x0", spacing="leading", variance="learned_range"),
+    Case("DDPMScheduler", "ddpm", "scaled_linear", "v", spacing="last", variance="learned_range"),
+    Case("DDPMScheduler", "ddpm", "linear", "epsilon", spacing="last", variance="learned_range"),
     Case("DDIMScheduler", "ddim", "scaled_linear", "epsilon", spacing="leading"),
     Case("DDIMScheduler", "ddim", "cosine", "v", spacing="trailing"),
     Case("DDIMScheduler", "ddim", "linear", "x0", eta=0.5, spacing="trailing"),
@@ -85,10 +94,17 @@ CASES = [
 ]
 
 
-def network(x: Any, t: Any, xp: ModuleType) -> Any:
-    """The formula in place of a network: x ``[B, h, w, C]``, t ``[B]``, xp is numpy or jax.numpy."""
+def network(case: Case, x: Any, t: Any, xp: ModuleType) -> Any:
+    """The formula in place of a network: x ``[B, h, w, C]``, t ``[B]``, xp is numpy or jax.numpy.
+
+    Returns:
+      ``[B, h, w, C]``, or ``[B, h, w, 2 C]`` with a learned variance.
+    """
     slope = xp.asarray([1.5, -0.7], x.dtype).reshape(1, 1, 1, -1)
-    return 0.9 * xp.tanh(x * slope + xp.cos(3.0 * t).reshape(-1, 1, 1, 1))
+    prediction = 0.9 * xp.tanh(x * slope + xp.cos(3.0 * t).reshape(-1, 1, 1, 1))
+    if case.variance == "learned_range":
+        return xp.concatenate([prediction, 1.2 * xp.sin(2.0 * x)], -1)
+    return prediction
 
 
 def start_and_noise() -> tuple[np.ndarray, np.ndarray]:
@@ -107,12 +123,18 @@ def make_scheduler(case: Case) -> Any:
         if case.sampler == "dpmpp_2m":
             options = {"use_flow_sigmas": True, "flow_shift": case.shift, "prediction_type": "flow_prediction"}
     else:
-        spacing = {"use_karras_sigmas": True} if case.spacing == "karras" else {"timestep_spacing": case.spacing}
+        spacing = {"timestep_spacing": case.spacing}
+        spacing = {"karras": {"use_karras_sigmas": True}, "last": {}}.get(case.spacing, spacing)
         options = {"prediction_type": PREDICTION_TYPE[case.prediction], **spacing, **BETAS[case.schedule]}
         if case.sampler in ("ddpm", "ddim"):
             options["clip_sample"] = False
+        if case.sampler == "ddpm":
+            options["variance_type"] = case.variance
     scheduler = getattr(diffusers, case.scheduler)(num_train_timesteps=T, **options)
-    scheduler.set_timesteps(STEPS)
+    if case.spacing == "last":
+        scheduler.set_timesteps(timesteps=list(range(STEPS - 1, -1, -1)))
+    else:
+        scheduler.set_timesteps(STEPS)
     return scheduler
 
 
@@ -136,7 +158,7 @@ def trajectory(case: Case) -> tuple[np.ndarray, np.ndarray]:
         return float((1 + scheduler.sigmas[scheduler.step_index or 0] ** 2) ** 0.5) if scaled else 1.0
 
     grid, states = [], [x_start]
-    x = torch.from_numpy(x_start) * scale()
+    x = torch.from_numpy(x_start).movedim(-1, 1) * scale()  # channels first, as diffusers has them
     for timestep in scheduler.timesteps:
         t = float(timestep) / T if flow else (float(timestep) + 1) / T
         if case.spacing == "karras" or (flow and case.sampler == "dpmpp_2m"):  # whose timesteps are rounded
@@ -145,15 +167,16 @@ def trajectory(case: Case) -> tuple[np.ndarray, np.ndarray]:
         if getattr(scheduler, "dt", None) is None:  # a step begins; Heun's second evaluation is none
             grid.append(t)
         x_in = scheduler.scale_model_input(x, timestep) if scaled else x
-        prediction = torch.from_numpy(network(x_in.numpy(), np.full(SHAPE[0], t, np.float32), np))
-        z = torch.from_numpy(noise[len(states) - 1])
+        x_last = x_in.movedim(1, -1).numpy()
+        prediction = torch.from_numpy(network(case, x_last, np.full(SHAPE[0], t, np.float32), np)).movedim(-1, 1)
+        z = torch.from_numpy(noise[len(states) - 1]).movedim(-1, 1)
         options = {"eta": case.eta, "variance_noise": z if case.eta else None} if case.sampler == "ddim" else {}
         with contextlib.ExitStack() as patches:
             for module in (scheduling_ddpm, scheduling_euler_ancestral_discrete):
                 patches.enter_context(mock.patch.object(module, "randn_tensor", lambda *args, z=z, **kwargs: z))
             x = scheduler.step(prediction, timestep, x, **options).prev_sample
         if getattr(scheduler, "dt", None) is None or len(grid) == STEPS:  # it ends; the last is Euler's
-            states.append(x.numpy() / scale())
+            states.append(x.movedim(1, -1).numpy() / scale())
     return np.asarray([*grid, 0.0], np.float32), np.stack(states).astype(np.float32)
 
 

@@ -6,7 +6,8 @@ With c and u the two estimates of x0 and g the guidance scale,
 
     guided = u + g (c - u) = c + (g - 1) (c - u)                                       (1)
 
-in every latent channel. At a given x_t every target is an affine function of x0: guiding x0 guides them all.
+in every latent channel. At a given x_t every target is an affine function of x0: guiding x0 guides them all. A learned
+variance is that of the conditional answer.
 Both questions travel in one batch of 2 B, the conditional half first.
 
 Large g burns colours out. Two remedies go together, norms and deviations being those of a whole sample:
@@ -47,8 +48,8 @@ def conditional(predict: Predict, process: Process, text: Any) -> Denoise:
     """
 
     def denoise(x_t: Array, t: Array) -> Targets:
-        prediction, _ = process.split(predict(x_t, t, text), x_t.shape[-1])
-        return process.convert(prediction, x_t, t)
+        prediction, variance = process.split(predict(x_t, t, text), x_t.shape[-1])
+        return process.convert(prediction, x_t, t)._replace(variance=variance)
 
     return denoise
 
@@ -130,6 +131,7 @@ def classifier_free(
     def denoise(x_t: Array, t: Array) -> Targets:
         both = denoise_both(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]))
         c, u = jnp.split(both.x0, 2)
-        return process.from_x0(guide(c, u, guidance_scale, correction), x_t, t)
+        variance = None if both.variance is None else jnp.split(both.variance, 2)[0]
+        return process.from_x0(guide(c, u, guidance_scale, correction), x_t, t)._replace(variance=variance)
 
     return denoise

@@ -27,6 +27,19 @@ A weight that papers state for one target is by eq. 6 the same training for ever
     sigmoid    1 / (1 + exp(ln SNR - bias)) of the error of epsilon
                (Kingma and Gao 2023; Hoogeboom et al. 2024); the density of the times
                stands where they write d ln SNR / dt                                   (8)
+
+A network with 2 C channels also learns the variance of its reverse steps (Nichol and Dhariwal 2021, eqs. 15 and 16).
+To eq. 5, which alone trains the mean, a small multiple of the variational bound is added, as the sum over T steps from
+t to s = t - 1 / T has it: T KL(q(x_s | x_t, x0) || p(x_s | x_t)), in bits per latent number. Near the picture, where
+this s would be 0 and the KL a likelihood of pixels, s = t / 2:
+
+    s = max(t - 1 / T, t / 2)                                                          (9)
+
+Both sides are Gaussians. The means differ by alpha_s q times the error of x0, q has the variance beta~, and p that of
+eq. 8 of `dit_jax.diffusion.samplers`, larger by exp(d). As (alpha_s q)^2 / beta~ = SNR(s) - SNR(t), and by eq. 6,
+
+    d = v ln(sigma_t^2 / sigma_s^2)
+    2 KL = d + exp(-d) - 1 + exp(-d) (SNR(s) - SNR(t)) / J(t)^2 (prediction - target)^2    (10)
 """
 
 from collections.abc import Callable
@@ -36,7 +49,7 @@ import jax.numpy as jnp
 
 from dit_jax.arrays import Array
 from dit_jax.diffusion.process import Process, Targets
-from dit_jax.diffusion.schedules import Schedule
+from dit_jax.diffusion.schedules import Schedule, T
 
 # keys [B], places [B] -> t float32 [B]. places[i] is where in its batch sample i stands, in [0, 1), and with keys[i]
 # all that its time depends on. The width of a place is 1 / batch size.
@@ -131,3 +144,30 @@ def loss(process: Process, prediction: Array, targets: Targets, x_t: Array, t: A
     prediction, _ = process.split(prediction, target.shape[-1])
     error = prediction.astype(jnp.float32) - target
     return jnp.mean(error**2, axis=tuple(range(1, error.ndim)))
+
+
+def variance_loss(process: Process, prediction: Array, targets: Targets, t: Array) -> Array:
+    """T KL of eq. 10, which trains the variance channels and no others: the mean of p is taken as it is.
+
+    Args:
+      process: says which target the network predicts.
+      prediction: the network's output ``[B, h, w, 2 C]``.
+      targets: from ``process.corrupt``.
+      t: ``[B]``, in (0, 1].
+
+    Returns:
+      float32 ``[B]``, in bits per latent number.
+    """
+    target = getattr(targets, process.prediction)
+    mean, variance = process.split(prediction, target.shape[-1])
+    assert variance is not None, "the network has no channels for a variance"
+    t = _inside(t)
+    s = jnp.maximum(t - 1 / T, t / 2)  # (9)
+    schedule, rows = process.schedule, (-1,) + (1,) * (target.ndim - 1)
+    q = -jnp.expm1(schedule.log_snr(t) - schedule.log_snr(s))
+    log_scale = schedule.log_snr(s) + jnp.log(q) - 2 * jnp.log(process.slope(t))
+    scale = jnp.exp(log_scale).reshape(rows)  # of the squared error in (10)
+    error = jax.lax.stop_gradient(mean).astype(jnp.float32) - target
+    d = variance * 2 * (jnp.log(schedule.sigma(t)) - jnp.log(schedule.sigma(s))).reshape(rows)
+    nats = (d + jnp.expm1(-d) + jnp.exp(-d) * scale * error**2) / 2  # (10)
+    return T * jnp.mean(nats, axis=tuple(range(1, nats.ndim))) / jnp.log(2.0)

@@ -20,6 +20,12 @@ The denominators of (7) and (8) never vanish: v and flow determine x0 and epsilo
 pure picture included. (5) has no answer at sigma = 0 and (6) none at alpha = 0: there x_t says nothing about
 the other. All of it is float32, whatever the network computes in.
 
+A network may also say how sure it is (Nichol and Dhariwal 2021). C more channels then tell where between its bounds the
+log-variance of a reverse step lies, 0 the smaller and 1 the larger one; the bounds are eq. 8 of
+`dit_jax.diffusion.samplers`, as only a sampler knows where its step ends:
+
+    variance = (channels + 1) / 2                                                      (9)
+
 This is the only place with algebra between parameterisations; objectives, guidance and samplers use it.
 """
 
@@ -42,14 +48,14 @@ class Targets(NamedTuple):
       epsilon: the noise.
       v: eq. 3.
       flow: eq. 4.
-      log_variance: logarithm of the variance of a reverse step, where a network predicts it; None elsewhere.
+      variance: eq. 9; None where the network does not say.
     """
 
     x0: Array
     epsilon: Array
     v: Array
     flow: Array
-    log_variance: Array | None = None
+    variance: Array | None = None
 
 
 Denoise = Callable[[Array, Array], Targets]  # (x_t [B, h, w, C], t [B]) -> Targets
@@ -130,14 +136,14 @@ class Process:
         return c.alpha * x0 + c.sigma * epsilon, _targets(c, x0, epsilon)
 
     def split(self, prediction: Array, channels: int) -> tuple[Array, Array | None]:
-        """Takes the variance channels off a network's output.
+        """Takes the variance channels off a network's output, and reads them.
 
         Args:
           prediction: ``[B, h, w, C]``, or ``[B, h, w, 2 C]`` from a network that learns its variance.
           channels: C.
 
         Returns:
-          The prediction proper, ``[B, h, w, C]``, and the variance channels, ``[B, h, w, C]`` or None.
+          The prediction proper, ``[B, h, w, C]``, and eq. 9 in float32, ``[B, h, w, C]`` or None.
 
         Raises:
           ValueError: the network's output has neither C nor 2 C channels.
@@ -145,7 +151,7 @@ class Process:
         if prediction.shape[-1] == channels:
             return prediction, None
         if prediction.shape[-1] == 2 * channels:
-            return prediction[..., :channels], prediction[..., channels:]
+            return prediction[..., :channels], (prediction[..., channels:].astype(jnp.float32) + 1) / 2  # (9)
         raise ValueError(
             f"the network returned {prediction.shape[-1]} channels for latents of {channels}; "
             f"it must return {channels}, or {2 * channels} with a learned variance"

@@ -9,9 +9,10 @@ estimate of x0 and replaces part of the estimated noise by fresh noise z, in all
 q is the share of the noise of x_s that, in the forward process, was not yet decided by x_t. On a variance
 preserving schedule sigma_s sqrt(q) is the standard deviation of eq. 16. Two values of eta have names:
 
-*eta = 1 is ddpm and euler_ancestral.* Put epsilon = (x_t - alpha_t x0) / sigma_t into (1), and the mean and variance
-are those of the true posterior of x_s given x_t and x0 (Ho et al. 2020, eqs. 6 and 7). The ancestral Euler of Karras'
-coordinates (3) steps to u = u_s^2 / u_t and adds noise up to u_s, which is the same: sqrt(1 - q) = u_s / u_t.
+*eta = 1 is euler_ancestral, and ddpm without a learned variance.* Put epsilon = (x_t - alpha_t x0) / sigma_t into (1),
+and the mean and variance are those of the true posterior of x_s given x_t and x0 (Ho et al. 2020, eqs. 6 and 7). The
+ancestral Euler of Karras' coordinates (3) steps to u = u_s^2 / u_t and adds noise up to u_s, which is the same:
+sqrt(1 - q) = u_s / u_t.
 
 *eta = 0 is euler.* Without fresh noise, x_t follows an ordinary differential equation, which is simplest in
 coordinates y and u:
@@ -35,6 +36,15 @@ part is known exactly and x0 is extrapolated from this step and the one before, 
     exp(-h) = alpha_t sigma_s / (alpha_s sigma_t)                                      (7)
 
 an error of second order for one evaluation a step. The first step and the one to sigma = 0 take D = x0: Euler's.
+
+**ddpm** with a learned variance (Nichol and Dhariwal 2021, eq. 15) keeps the mean of eq. 1 at eta = 1. The variance
+there, beta~, is right where x_t leaves no doubt about x0. If x0 is standard normal, x_s given x_t has the variance beta
+on a variance preserving schedule. The network says where between the two, on a scale of logarithms, the truth lies:
+
+    beta~ = sigma_s^2 q,    beta = sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2 = sigma_t^2 q,
+    Sigma = beta^v beta~^(1 - v) = (sigma_t / sigma_s)^(2 v) beta~                     (8)
+
+so that z of eq. 1 is stretched by (sigma_t / sigma_s)^v. The other samplers do not ask for the variance.
 
 Every grid that ends at sigma = 0 ends with x0 itself, as eqs. 1 and 7 do there.
 """
@@ -95,8 +105,26 @@ def ddim(process: Process, grid: np.ndarray, eta: float) -> Sampler:
 
 
 def ddpm(process: Process, grid: np.ndarray) -> Sampler:
-    """Ancestral sampling: eq. 1 with eta = 1, one evaluation a step. Arguments and errors as for `ddim`."""
-    return ddim(process, grid, eta=1.0)
+    """Ancestral sampling (Ho et al. 2020, algorithm 2), one evaluation a step. Arguments and errors as for `ddim`.
+
+    A step draws from the posterior of x_s given x_t and the estimate of x0, eq. 1 with eta = 1; its variance is that of
+    eq. 8 where the network says which.
+    """
+    _refuse_blind_start(process, grid)
+    schedule = process.schedule
+
+    def step(denoise, keys, x, t, t_next, history):
+        targets = denoise(x, _batch(t, x))
+        sigma, sigma_next = schedule.sigma(t), schedule.sigma(t_next)
+        q = -jnp.expm1(schedule.log_snr(t) - schedule.log_snr(t_next))  # (2)
+        z = normal_per_sample(keys, x.shape[1:])
+        if targets.variance is not None:
+            # no noise is left at sigma = 0, whatever stretches it
+            z = z * jnp.where(sigma_next > 0, sigma / sigma_next, 1.0) ** targets.variance  # (8)
+        noise = jnp.sqrt(1 - q) * targets.epsilon + jnp.sqrt(q) * z
+        return schedule.alpha(t_next) * targets.x0 + sigma_next * noise, history  # (1)
+
+    return Sampler(_no_history, step)
 
 
 def euler(process: Process, grid: np.ndarray) -> Sampler:

@@ -5,7 +5,7 @@ For sample k of the run (``k = step * B + i``, contract 6 of the architecture) w
     x0  = normalise(mean + std * noise_0)                     a sample of the VAE's posterior
     y   = null caption with probability ``caption_dropout``
     x_t = alpha(t) x0 + sigma(t) noise                        t drawn by the objective
-    loss = mean over the batch of loss(DiT(x_t, t, y), target)
+    loss = mean over the batch of loss(DiT(x_t, t, y), target), with a learned variance also of its share of the bound
 
 All four draws of sample k come from ``fold_in(key, k)``: neither the number of devices nor gradient accumulation
 changes them. Dropout inside the network draws from the step and the accumulation slice.
@@ -45,6 +45,7 @@ class TrainStep:
       process: corrupts latents and knows what the prediction means.
       sample_times: keys ``[B]`` and places ``[B]`` -> times ``[B]``.
       weight: times ``[B]`` -> weights of the loss; None weighs all times alike.
+      variance_weight: of the loss that trains a learned variance, where the model has one.
       to_model_latents: raw latents -> latents of about unit variance.
       optimizer: gradients to updates for a learning rate of 1.
       learning_rate: global step -> what the updates are multiplied by.
@@ -59,6 +60,7 @@ class TrainStep:
     process: Process
     sample_times: objectives.Times
     weight: objectives.Weight | None
+    variance_weight: float
     to_model_latents: Callable[[Array], Array]
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
@@ -137,4 +139,8 @@ class TrainStep:
 
         prediction = self.model.apply({"params": params}, x_t, t, text, train=True, rngs={"dropout": dropout_key})
         loss = objectives.loss(self.process, prediction, targets, x_t, t)
-        return (loss if self.weight is None else loss * self.weight(t)).mean()
+        if self.weight is not None:
+            loss = loss * self.weight(t)
+        if self.model.out_channels == 2 * self.model.in_channels:
+            loss = loss + self.variance_weight * objectives.variance_loss(self.process, prediction, targets, t)
+        return loss.mean()

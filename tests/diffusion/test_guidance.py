@@ -136,3 +136,12 @@ def test_variance_channels_are_off_before_guidance(scale):
     a = jax.jit(classifier_free(wide, process, TEXT, NULL, scale))(X_T, T)
     b = jax.jit(classifier_free(narrow, process, TEXT, NULL, scale))(X_T, T)
     np.testing.assert_allclose(a.x0, b.x0, rtol=1e-6, atol=1e-6)
+    assert b.variance is None
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_learned_variance_is_that_of_the_text(scale):
+    network = Network(out_channels=2 * C)
+    found = jax.jit(classifier_free(network, process_of("v"), TEXT, NULL, scale))(X_T, T)
+    np.testing.assert_allclose(found.variance, (network(X_T, T, TEXT)[..., C:] + 1) / 2, rtol=1e-5, atol=1e-6)
+    assert np.abs(found.variance - (network(X_T, T, NULL)[..., C:] + 1) / 2).max() > 0.01

@@ -10,6 +10,7 @@ from dit_jax.diffusion.grids import uniform
 from dit_jax.diffusion.mixture import expected_x0, make_denoise
 from dit_jax.diffusion.process import Process
 from dit_jax.diffusion.schedules import make_schedule
+from dit_jax.sharding import batch_sharding, make_mesh
 
 
 def runge_kutta(y, ratio_from, ratio_to, steps=400):
@@ -41,7 +42,7 @@ def smooth_grid(name, steps):
     return np.interp(ratio, table, np.linspace(0, 1, len(table))).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", ["cosine", "edm", "rectified_flow"])
+@pytest.mark.parametrize("name", ["scaled_linear", "cosine", "edm", "rectified_flow"])
 def test_order_of_convergence(name):
     """Euler's error falls like steps^-1, those of Heun and of dpmpp_2m like steps^-2."""
     process = Process(make_schedule(name, 1.0), "x0")
@@ -125,11 +126,23 @@ def draw(name, process, keys, segments=None):
     return jax.jit(lambda keys: samplers.run(sampler, keys, samplers.draw_prior(keys, (4, 4, 2)), grid, segments))(keys)
 
 
-@pytest.mark.parametrize(("name", "process"), [("ddpm", CURVED), ("heun", STRAIGHT), ("dpmpp_2m", CURVED)])
+ALL = ["ddpm", "ddim0.5", "dpmpp_2m", "euler", "euler_ancestral", "heun"]
+
+
+@pytest.mark.parametrize(("name", "process"), list(zip(ALL, 3 * [CURVED, STRAIGHT], strict=True)))
 def test_an_image_is_the_same_alone_and_in_a_batch(name, process):
     together = draw(name, process, KEYS)
     np.testing.assert_allclose(draw(name, process, KEYS[1:2])[0], together[1], rtol=1e-5, atol=1e-5)
     assert np.abs(together[0] - together[1]).max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m"])
+def test_an_image_is_the_same_on_one_device_and_on_two(name):
+    keys = jax.random.split(jax.random.key(8), 4)
+    mesh = make_mesh(jax.devices()[:2])
+    spread = draw(name, CURVED, jax.device_put(keys, batch_sharding(mesh)))
+    assert {shard.data.shape[0] for shard in spread.addressable_shards} == {2}  # each device drew its own half
+    np.testing.assert_allclose(spread, draw(name, CURVED, keys), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "process"), [("ddpm", STRAIGHT), ("heun", CURVED), ("dpmpp_2m", STRAIGHT)])
@@ -139,13 +152,24 @@ def test_segments_are_one_walk(name, process):
     np.testing.assert_allclose(cut, draw(name, process, KEYS), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m", "euler", "heun"])
+@pytest.mark.parametrize("name", ALL)
 def test_each_segment_uses_its_own_denoise(name):
     def black(x_t, t):
         return CURVED.from_x0(jnp.zeros_like(x_t), x_t, t)
 
     x = draw(name, CURVED, KEYS, [(0, STEPS - 1, wavy(CURVED)), (STEPS - 1, STEPS, black)])
     np.testing.assert_array_equal(x, np.zeros_like(x))  # the last step returns x0
+
+
+def posterior_by_hand(schedule, t, s, x_t, x0):
+    """Mean and both bounds of the variance of a reverse step, as Nichol and Dhariwal 2021, eqs. 10 to 15; float64."""
+    a_t, a_s, s_t, s_s = (
+        float(f(time)) for f in (schedule.alpha, schedule.sigma) for time in (jnp.float32(t), jnp.float32(s))
+    )
+    forward = a_t / a_s  # x_t = forward x_s + noise of variance added
+    added = s_t**2 - forward**2 * s_s**2
+    mean = forward * s_s**2 / s_t**2 * x_t + a_s * added / s_t**2 * x0
+    return mean, added * s_s**2 / s_t**2, added
 
 
 @pytest.mark.parametrize("process", [CURVED, STRAIGHT])
@@ -155,16 +179,49 @@ def test_step_k_of_image_i_draws_from_its_key_folded_by_k(process):
     x = np.asarray(samplers.draw_prior(KEYS, (4, 4, 2)), np.float64)
     for k in range(STEPS):
         t, s = grid[k], grid[k + 1]
-        a_t, a_s, s_t, s_s = (
-            float(f(time)) for f in (schedule.alpha, schedule.sigma) for time in (jnp.float32(t), jnp.float32(s))
-        )
         x0 = np.asarray(denoise(jnp.asarray(x, jnp.float32), jnp.full(3, t)).x0, np.float64)
         z = np.stack([jax.random.normal(jax.random.fold_in(key, k), (4, 4, 2)) for key in KEYS])
-        forward = a_t / a_s  # x_t = forward x_s + noise of variance added
-        added = s_t**2 - forward**2 * s_s**2
-        mean = forward * s_s**2 / s_t**2 * x + a_s * added / s_t**2 * x0
-        x = mean + np.sqrt(added * s_s**2 / s_t**2) * z
+        mean, variance, _ = posterior_by_hand(schedule, t, s, x, x0)
+        x = mean + np.sqrt(variance) * z
     np.testing.assert_allclose(draw("ddpm", process, KEYS), x, rtol=1e-4, atol=1e-4)
+
+
+def with_variance(process, variance):
+    def denoise(x_t, t):
+        return wavy(process)(x_t, t)._replace(variance=variance(x_t))
+
+    return [(0, STEPS, denoise)]
+
+
+@pytest.mark.parametrize("process", [CURVED, STRAIGHT])
+def test_ddpm_draws_with_the_variance_between_its_bounds(process):
+    grid, sampler = uniform(process.schedule, STEPS), samplers.ddpm(process, uniform(process.schedule, STEPS))
+    ((_, _, denoise),) = with_variance(process, jnp.sin)
+    x = jax.random.normal(jax.random.key(3), (3, 4, 4, 2))
+    z = np.stack([jax.random.normal(key, (4, 4, 2)) for key in KEYS])
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        x_next, _ = sampler.step(denoise, KEYS, x, jnp.float32(t), jnp.float32(s), ())
+        mean, least, most = posterior_by_hand(process.schedule, t, s, x, denoise(x, jnp.full(3, t)).x0)
+        v = np.sin(np.asarray(x, np.float64))
+        std = np.sqrt(most**v * least ** (1 - v)) if s > 0 else 0.0
+        np.testing.assert_allclose(x_next, mean + std * z, rtol=1e-4, atol=1e-4, err_msg=f"{t} to {s}")
+
+
+@pytest.mark.parametrize("process", [CURVED, STRAIGHT])
+def test_the_smallest_variance_is_that_of_ancestral_sampling_bit_for_bit(process):
+    smallest, largest = (
+        draw("ddpm", process, KEYS, with_variance(process, f)) for f in (jnp.zeros_like, jnp.ones_like)
+    )
+    np.testing.assert_array_equal(smallest, draw("euler_ancestral", process, KEYS))
+    np.testing.assert_array_equal(smallest, draw("ddpm", process, KEYS))
+    assert np.abs(largest - smallest).max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["ddim0.0", "ddim0.5", "dpmpp_2m", "euler", "euler_ancestral", "heun"])
+def test_samplers_but_ddpm_do_not_ask_for_the_variance(name):
+    np.testing.assert_array_equal(
+        draw(name, STRAIGHT, KEYS, with_variance(STRAIGHT, jnp.cos)), draw(name, STRAIGHT, KEYS)
+    )
 
 
 @pytest.mark.parametrize(("name", "evaluations"), [("ddim0.5", 1), ("dpmpp_2m", 1), ("euler", 1), ("heun", 2)])
@@ -192,7 +249,7 @@ def test_runs_from_pure_noise_are_finite_for_every_prediction_but_epsilon(name, 
         assert np.all(np.isfinite(draw(name, process, KEYS, [(0, STEPS, denoise)])))
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim0.0", "dpmpp_2m", "euler", "heun"])
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("schedule", ["cosine", "rectified_flow"])
 def test_epsilon_is_refused_where_it_cannot_see_x0(name, schedule):
     process = Process(make_schedule(schedule, 1.0), "epsilon")

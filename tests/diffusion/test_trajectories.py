@@ -32,7 +32,7 @@ def walker(case):
     """Our sampler, compiled: (x_start, noise of every step, grid) -> the states on the grid."""
     grid = np.load(reference.GOLDEN)[f"{case.name}/grid"]
     process = Process(make_schedule(case.schedule, case.shift), case.prediction)
-    denoise = conditional(lambda x_t, t, text: reference.network(x_t, t, jnp), process, None)
+    denoise = conditional(lambda x_t, t, text: reference.network(case, x_t, t, jnp), process, None)
     if case.sampler == "ddim":
         sampler = samplers.ddim(process, grid, case.eta)
     else:

@@ -90,6 +90,19 @@ def test_strata_and_weights_are_of_the_whole_batch(toy, batch, plain):
     assert abs(float(found[1]["loss"]) - float(plain[1]["loss"])) > 1e-3
 
 
+def test_a_learned_variance_adds_its_loss_which_no_weight_weighs(batch):
+    wide = Toy(dropout=0.0, out_channels=6)
+    keys, places = jax.random.split(jax.random.key(0), B), jnp.zeros(B)
+
+    def loss(**changes):
+        step = make_step(wide, **changes)
+        return float(jax.jit(step.loss)(wide.params, batch, keys, places, jax.random.key(1)))
+
+    bound = loss(variance_weight=1.0, weight=jnp.zeros_like)
+    assert bound > 0 and loss(variance_weight=0.5, weight=jnp.zeros_like) == pytest.approx(0.5 * bound, rel=1e-5)
+    assert loss(variance_weight=0.25) == pytest.approx(loss(variance_weight=0.0) + 0.25 * bound, rel=1e-5)
+
+
 def test_randomness_is_of_the_step_and_the_seed(toy, batch, plain):
     for step, at in ((make_step(toy), 101), (make_step(toy, seed=4), 100)):
         _, metrics = jax.jit(step)(make_state(toy, step, at), batch)
