@@ -136,6 +136,9 @@ def report(config: ConfigDict, name: str, device_name: str | None) -> None:
         say(f"  what fits on a card: --device={'|'.join(DEVICES)}")
         return
     say(f"  {config.data.source}: {records:,} pictures; an epoch is {records / config.batch_size:,.1f} steps")
+    if config.validate_every:
+        held_out = len(build.make_validation_source(config))
+        say(f"  {held_out:,} others are set aside and validate every {config.validate_every:,} steps")
     if not config.latents.scale:  # measured in training; any will do for a step on zeros
         config.latents.shift, config.latents.scale = (0.0,) * vae.channels, (1.0,) * vae.channels
     step = build.make_step(config, model, process, optimizer, learning_rate)

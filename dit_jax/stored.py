@@ -1,5 +1,4 @@
-"""Trained models on disk: what a run or an export says of itself, how its parameters are read, and how a run begins with
-them.
+"""Trained models on disk: what a run or an export says of itself, how its parameters are read, and what begins with it.
 
     run      config.json  checkpoints/<step>/...
     export   config.json  model.safetensors (or orbax/)  [vae/]  [text_encoder/]

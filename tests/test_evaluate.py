@@ -70,21 +70,19 @@ def test_nearest_counts_pictures_that_look_like_their_captions_own():
         r.captions[0]: np.clip(r.image + rng.normal(0, 5, r.image.shape), 0, 255).astype(np.uint8) for r in records
     }
     data = source.fingerprint()
-    scores, grid, line = evaluate.score_nearest(Painter(noisy, tiny_config(), data), full=False)
+    scores, grid, line = evaluate.score_nearest(Painter(noisy, tiny_config(), data))
     assert scores == {"prompts": COUNT, "hits": 1.0} and line == "nearest: hits=1.00"
     assert grid.size == (8 * 64, 3 * 64)
     shuffled = dict(zip(noisy, [*list(noisy.values())[1:], next(iter(noisy.values()))], strict=True))
-    scores, _, _ = evaluate.score_nearest(Painter(shuffled, tiny_config(), data), full=False)
+    scores, _, _ = evaluate.score_nearest(Painter(shuffled, tiny_config(), data))
     assert scores["hits"] < 0.2
-    with pytest.raises(ConfigError, match="--full is for --metric=shapes"):
-        evaluate.score_nearest(Painter(noisy, tiny_config(), data), full=True)
 
 
 def test_nearest_refuses_records_that_the_model_was_not_trained_on(tiny_run):
     pipeline = Pipeline.load(tiny_run)
     pipeline.config.data.num_pictures = 27
     with pytest.raises(CheckpointError, match="trained on other records than data.source=shapes holds now"):
-        evaluate.score_nearest(pipeline, full=False)
+        evaluate.score_nearest(pipeline)
 
 
 def test_a_model_trained_from_a_cache_is_shown_its_pictures_by_a_flag(tmp_path, monkeypatch, capsys):
@@ -123,6 +121,13 @@ def test_scores_that_cannot_be_written_are_not_drawn(tmp_path, monkeypatch, caps
         evaluate.main([f"--model={tmp_path}"])
     error = capsys.readouterr().err
     assert exit.value.code == 8 and f"cannot write to {tmp_path / 'evaluation'}" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("metric", ["nearest", "validation"])
+def test_only_shapes_has_a_full_set_of_prompts(metric, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main([f"--model={tmp_path}", f"--metric={metric}", "--full"])
+    assert exit.value.code == 2 and "--full is for --metric=shapes" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_run_is_an_error(tmp_path, capsys):
