@@ -1,6 +1,8 @@
 """The scores: what is counted, what is printed, and that a perfect painter gets all of it."""
 
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,12 +10,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from dit_jax import evaluate
+from dit_jax.build import make_validation_source
 from dit_jax.data.shapes_world import EVALUATION_CLASSES, evaluation_scenes, render
 from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.precompute import precompute
 from dit_jax.sample import Pipeline
 from dit_jax.stored import Trained
-from tests.tiny_run import tiny_config
+from tests.noise_pictures import SQUARE, draw_noise
+from tests.tiny_run import tiny_config, train_tiny
 
 COUNT = 20
 
@@ -134,3 +138,59 @@ def test_a_folder_without_a_run_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         evaluate.main([f"--model={tmp_path}"])
     assert exit.value.code == 5 and "no run in" in capsys.readouterr().err
+
+
+# --- validation ---------------------------------------------------------------------------------------------
+
+VALIDATED = {"validate_every": "10", "data__validation_fraction": "0.5", "total_steps": "10", "sample_every": "0"}
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory):
+    return train_tiny(tmp_path_factory.mktemp("runs") / "validated", **VALIDATED)
+
+
+def scored(model, *flags):
+    evaluate.main([f"--model={model}", "--metric=validation", *flags])
+    return json.loads((model / "evaluation" / "validation.json").read_text())
+
+
+def test_validation_of_a_run_is_the_row_that_it_wrote(validated, capsys):
+    row = json.loads((validated / "metrics.jsonl").read_text().splitlines()[-1])
+    found = scored(validated)
+    count = len(make_validation_source(tiny_config(**VALIDATED)))
+    assert found["settings"] == {"step": 10, "parameters": "ema"}
+    assert found["scores"] == {"source": "shapes", "records": count, "set_aside": True} | {
+        name: pytest.approx(value, rel=1e-6) for name, value in row.items() if name != "step"
+    }
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1].startswith(f"validation: x0_error={row['validation_x0_error']:.4f} (log-SNR -5: ")
+    assert not (validated / "evaluation" / "validation.png").exists()
+    raw, early = scored(validated, "--ema=raw"), scored(validated, "--step=5")
+    assert len({scores["scores"]["validation_x0_error"] for scores in (found, raw, early)}) == 3
+
+
+def test_other_pictures_are_scored_whole_and_the_runs_own_never(validated, tmp_path, capsys):
+    source = draw_noise(tmp_path / "pictures", [SQUARE] * 5)
+    found = scored(validated, f"--source={source}")["scores"]
+    assert found["source"] == source and found["records"] == 5 and not found["set_aside"]
+    assert f"all records: 5 of {source}" in capsys.readouterr().out
+    precompute(tiny_config(**VALIDATED), tmp_path / "cache", 0, 1, 4096)  # the same records in another place
+    moved, own = scored(validated, f"--source=cache:{tmp_path / 'cache'}")["scores"], scored(validated)["scores"]
+    assert moved["set_aside"] and moved["records"] == own["records"]
+    assert moved["validation_x0_error"] == pytest.approx(own["validation_x0_error"], rel=1e-5)
+
+
+def test_without_records_set_aside_validation_asks_for_a_source(tiny_run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        scored(tiny_run)
+    assert exit.value.code == 2 and "name other captioned pictures: --source" in capsys.readouterr().err
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    assert scored(run, f"--source={draw_noise(tmp_path / 'pictures', [SQUARE] * 3)}")["scores"]["records"] == 3
+
+
+def test_validation_refuses_data_that_have_changed(validated):
+    pipeline = Pipeline.load(validated)
+    pipeline.config.data.num_pictures = 27
+    with pytest.raises(CheckpointError, match="trained on other records than data.source=shapes holds now"):
+        evaluate.score_validation(pipeline, elsewhere=False)
