@@ -161,7 +161,7 @@ def loop(
       train_steps: by the latent grid of a batch.
       coming: a batch a step, on the devices.
       identity: saved with every checkpoint.
-      validate: parameters and step -> what to say; None where nothing is set aside.
+      validate: parameters and step -> what to say of the errors; None where they are not wanted.
       draw: parameters and step -> where the grid of samples was written.
 
     Returns:
@@ -179,8 +179,9 @@ def loop(
         state, metrics = train_steps[batch["mean"].shape[1:3]](state, batch)
         progress.step(step, metrics)
         last = step == config.total_steps
-        if validate and (last or is_due(step, config.validate_every)):  # before the step is saved, or a run that is
-            with progress.aside():  # killed in between would go on without this row
+        # before the step is saved: a run that is killed in between goes on from it, and must have this row
+        if validate and (last or is_due(step, config.validate_every)):
+            with progress.aside():
                 check_finite(step, metrics)
                 progress.say(validate(state.ema, step))
         if step == steps[-1] or is_due(step, config.save_every):

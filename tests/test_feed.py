@@ -1,6 +1,8 @@
 """What training is fed with: several shapes of pictures, and data that never come."""
 
 import functools
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -105,13 +107,13 @@ def test_data_that_stop_coming_end_the_run(encode, last, tmp_path, monkeypatch):
 # --- validation ---------------------------------------------------------------------------------------------
 
 
-def open_validation(config, say=lambda line: None):
+def open_validation(config, listed=None, say=lambda line: None):
     """The encoded records to validate on, and what scores random parameters of the config on them."""
     vae, text_encoder = build.make_vae(config), build.make_text_encoder(config)
     resolve(config, 20, vae.shape, text_encoder.shape, 1)
     config.latents.shift, config.latents.scale = (0.1,) * 4, (0.9,) * 4
     source = build.make_validation_source(config)
-    records = feed.open_validation(config, None, source, vae, text_encoder, say)
+    records = feed.open_validation(config, listed, source, vae, text_encoder, say)
     model, process = build.make_model(config, jnp.float32), build.make_process(config)
     params = randomise(init_params(model, jax.random.key(0), 8, 8), 1)
     validation = build.make_validation(config, model, process, records, make_mesh(jax.devices()[:1]))
@@ -157,6 +159,21 @@ def test_a_few_of_the_records_set_aside_are_as_if_fewer_had_been_set_aside(tmp_p
     assert set(few) <= set(found) and len(found) <= 11
     everything = build.make_validation_source(tiny_config(**changes, data__validation_records="1000"))
     assert list(everything.ids()) == list(build.make_source(tiny_config(**changes), "validation").ids())
+
+
+def test_bad_records_do_not_validate_and_are_listed(tmp_path):
+    """Two of a few: training would bear one."""
+    source = draw_noise(tmp_path / "pictures", [SQUARE] * 12)
+    config = tiny_config(data__source=source, data__validation_fraction="0.5")
+    names = [Path(id).name for id in build.make_validation_source(config).ids()]
+    for name in names[:2]:
+        (tmp_path / "pictures" / name).write_bytes(b"no picture")
+    said = []
+    records, score = open_validation(config, tmp_path / "bad_records.jsonl", said.append)
+    assert said[-1] == f"validation: {len(names) - 2} records, 2 bad ones left out"
+    listed = [json.loads(line)["id"] for line in (tmp_path / "bad_records.jsonl").read_text().splitlines()]
+    assert {Path(id).name for id in listed} == set(names[:2])
+    assert np.isfinite(score()).all() and (np.flatnonzero(records.bad) == [0, 1]).all()
 
 
 def test_records_that_are_all_bad_cannot_validate(tmp_path):

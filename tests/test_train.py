@@ -21,7 +21,6 @@ from dit_jax.config import ADDED, load_config
 from dit_jax.encoders.places import ASSETS
 from dit_jax.errors import CheckpointError, ConfigError, DivergedError
 from dit_jax.trees import named_leaves
-from tests.noise_pictures import SQUARE, draw_noise
 from tests.tiny_run import tiny_config, tiny_flags, train_tiny
 
 GOLDEN = Path(__file__).parent / "encoders" / "golden"
@@ -324,18 +323,6 @@ def test_nothing_to_validate_on_is_said_before_anything_is_written(change, says,
     with pytest.raises(ConfigError, match=re.escape(says)):
         train_tiny(tmp_path / "run", **{**VALIDATED, **change})
     assert not (tmp_path / "run").exists()
-
-
-def test_bad_records_do_not_validate_and_are_listed(tmp_path, capsys):
-    source = draw_noise(tmp_path / "pictures", [SQUARE] * 12, bad=range(12))
-    config = tiny_config(data__source=source, **VALIDATED)
-    names = [Path(id).name for id in build.make_validation_source(config).ids()]
-    shutil.rmtree(tmp_path / "pictures")
-    draw_noise(tmp_path / "pictures", [SQUARE] * 12, bad=(int(names[0][:2]), int(names[1][:2])))
-    run = train_tiny(tmp_path / "run", data__source=source, **VALIDATED)
-    assert f"validation: {len(names) - 2} records, 2 bad ones left out" in capsys.readouterr().out
-    listed = [json.loads(line)["id"] for line in (run / "bad_records.jsonl").read_text().splitlines()]
-    assert {Path(id).name for id in listed} == set(names[:2])
 
 
 def test_a_resumed_run_may_validate_more_often_but_not_on_other_records(validated, tmp_path):
