@@ -42,6 +42,7 @@ def get_config() -> ConfigDict:
     c.log_every = 100
     c.save_every = 5_000
     c.sample_every = 5_000
+    c.validate_every = 0  # the error on records that data.validation_fraction sets aside
     c.keep_latest = 2  # newest checkpoints kept
     c.keep_every = 0  # checkpoints at multiples of this are kept for good
     c.wandb_project = ""  # Weights & Biases project (extra: wandb); "" is off
@@ -69,7 +70,8 @@ def get_config() -> ConfigDict:
     c.data.storage_dtype = "float16"  # what latents are kept in, in memory and in a cache: float16 | float32
     # 0: squares. N: at most N shapes of about image_size**2 pixels, a batch has one of them, nothing is squared
     c.data.buckets = 0
-    c.data.validation_fraction = 0.0  # set aside by a hash of their id; not trained on, not scored yet
+    c.data.validation_fraction = 0.0  # set aside by a hash of their id: never trained on; validate_every scores them
+    c.data.validation_records = 512  # at most so many of them are scored: those with the smallest hashes
     c.data.max_bad_fraction = 0.01  # more unreadable records than this stop the run
     c.data.workers = 0  # processes that read and decode; 0: threads of this one. From a cache: threads that gather
     c.data.patience = 600.0  # seconds without a batch after which the run ends, saying so; 0 waits for ever

@@ -21,6 +21,7 @@ from dit_jax.resolve import choose
 
 if TYPE_CHECKING:
     import optax
+    from jax.sharding import Mesh
 
     from dit_jax.data.bad_records import BadRecords
     from dit_jax.data.cache.gather import Cache
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
     from dit_jax.encoders.latents import LatentScale
     from dit_jax.models.dit import DiT
     from dit_jax.training.step import TrainStep
+    from dit_jax.training.validation import Validation
+
+
+VALIDATED = 64  # records that a device scores at a time, at most: more are not faster
 
 
 def compute_dtype(name: str, device: jax.Device) -> jnp.dtype:
@@ -134,6 +139,25 @@ def make_source(config: ConfigDict, part: Literal["train", "validation", "all"])
     return open_source(config.data.source, lambda: make_shapes_world(config), fraction, part)
 
 
+def make_validation_source(config: ConfigDict) -> "Source | Cache":
+    """The records to validate on: at most ``data.validation_records`` of those set aside.
+
+    Raises:
+      ConfigError: none are set aside.
+    """
+    from dit_jax.data.cache.gather import Cache
+    from dit_jax.data.sources.records import Subset, first_by_hash
+
+    source = make_source(config, "validation")
+    if not len(source):
+        raise ConfigError(
+            f"data.validation_fraction={config.data.validation_fraction} sets no record of"
+            f" data.source={config.data.source} aside to validate on: set a larger one"
+        )
+    chosen = first_by_hash(source.ids(), len(source), config.data.validation_records)
+    return source.select(chosen) if isinstance(source, Cache) else Subset(source, chosen, source.name)
+
+
 def make_shapes_world(config: ConfigDict) -> "ShapesWorld":
     """The pictures that ``data.source=shapes`` stands for."""
     from dit_jax.data.shapes_world import ShapesWorld
@@ -199,6 +223,17 @@ def make_step(
         accumulate=config.accumulate,
         seed=config.seed,
     )
+
+
+def make_validation(
+    config: ConfigDict, model: "DiT", process: "Process", records: "Cache", mesh: "Mesh"
+) -> "Validation":
+    """What scores parameters on encoded records; it takes no more memory than a train step of the same config."""
+    from dit_jax.training.validation import Validation
+
+    a_device = config.batch_size // (config.accumulate * mesh.size)  # as many as training has at a time
+    batch_size = min(max(a_device, 1), VALIDATED) * mesh.size
+    return Validation(model, process, make_latents(config).to_model, records, batch_size, mesh)
 
 
 def make_shapes(config: ConfigDict, factor: int) -> tuple[tuple[int, int], ...]:

@@ -24,6 +24,7 @@ SECTIONS = ("latents", "data", "diffusion", "model", "sample")
 ADDED = {
     "init_from": "",
     "preview_vae": "",
+    "validate_every": 0,
     "data.storage_dtype": "float32",
     "data.buckets": 0,
     "data.patience": 600.0,
@@ -34,6 +35,7 @@ ADDED = {
     "model.rope": False,
     "model.base_grid": 0,
     "model.num_registers": 0,
+    "data.validation_records": 512,  # of any number: nothing was scored
     "diffusion.noise_mean": -1.2,
     "diffusion.noise_std": 1.2,
     "diffusion.weighting": "uniform",
@@ -56,6 +58,7 @@ CHANGEABLE = (
     "log_every",
     "save_every",
     "sample_every",
+    "validate_every",  # but not data.validation_records: all figures of a run are of the same records
     "keep_latest",
     "keep_every",
     "wandb_project",

@@ -148,6 +148,9 @@ def report(config: ConfigDict, name: str, device_name: str | None) -> None:
         say(f"  what fits on a card: --device={'|'.join(DEVICES)}")
         return
     say(f"  {config.data.source}: {records:,} pictures; an epoch is {records / config.batch_size:,.1f} steps")
+    if config.validate_every:
+        held_out = len(build.make_validation_source(config))
+        say(f"  {held_out:,} others are set aside and validate every {config.validate_every:,} steps")
     batch = abstract_batch(model, config.batch_size, side, side, config.data.storage_dtype)
     batch = with_sharding(batch, batch_sharding(mesh))
     say_measured(config, step, state, batch, lambda: init_state(model, optimizer, jax.random.key(0), side, side, mesh))

@@ -2,6 +2,7 @@
 
     python -m dit_jax.evaluate --model=runs/quickstart --metric=shapes [--full]
     python -m dit_jax.evaluate --model=runs/emoji --metric=nearest
+    python -m dit_jax.evaluate --model=runs/mine --metric=validation
 
 ``shapes``: one picture for each of the first 200 (``--full``: 1,000) prompts of every class of the shapes world, from
 seeds that training cannot have, without any selection. A program without a network reads each picture back; it is
@@ -10,10 +11,15 @@ right when the number of objects, every colour, shape and size, and the relation
 ``nearest``: one picture for each of 100 captions, evenly spaced over the training records; the share whose nearest
 training picture (`dit_jax.metrics.nearest`) has that caption. It measures what a model has learnt by heart.
 
-Both write ``evaluation/METRIC.json`` and a grid of the first pictures into the run, and print the score last.
+``validation``: the error of x0 (`dit_jax.training.validation`) on the records that the run set aside, as the run itself
+logs it with ``validate_every``; or on all records of another source. It draws nothing.
+
+All write ``evaluation/METRIC.json``, and a grid of the first pictures that they drew, into the run, and print the score
+last.
 """
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -69,14 +75,14 @@ def score_shapes(pipeline: Pipeline, full: bool) -> tuple[Scores, Image.Image, s
     return scores, make_grid(shown, COLUMNS), line
 
 
-def score_nearest(pipeline: Pipeline, full: bool) -> tuple[Scores, Image.Image, str]:
+def score_nearest(pipeline: Pipeline) -> tuple[Scores, Image.Image, str]:
     """Draw captions of the training set and look for the nearest training picture of each.
 
     Returns:
       The number of captions and the share of hits; a grid of the first pictures; the score in a line.
 
     Raises:
-      ConfigError: ``full`` is set, which this metric does not have, or there are no pictures, only a cache.
+      ConfigError: there are no pictures, only a cache.
       DataError: the training pictures are not where they were.
       CheckpointError: what is there now is not what the model was trained on.
     """
@@ -86,16 +92,10 @@ def score_nearest(pipeline: Pipeline, full: bool) -> tuple[Scores, Image.Image, 
     from dit_jax.data.transforms import cut
     from dit_jax.metrics.nearest import hits, small_pixels
 
-    if full:
-        raise ConfigError("--full is for --metric=shapes")
     source = build.make_source(pipeline.config, "train")
     if isinstance(source, Cache):
         raise ConfigError("the model was trained from a cache, which holds no pictures; say where they are: --source")
-    if source.fingerprint() != pipeline.trained.data:
-        raise CheckpointError(
-            f"the model was trained on other records than data.source={pipeline.config.data.source} holds now"
-            f" (hash {pipeline.trained.data[:12]}, here {source.fingerprint()[:12]}); put them back"
-        )
+    check_trained_on(pipeline, source.fingerprint())
     pixels, captions, size = [], [], pipeline.config.data.image_size
     for i in range(len(source)):
         try:
@@ -113,9 +113,65 @@ def score_nearest(pipeline: Pipeline, full: bool) -> tuple[Scores, Image.Image, 
     return {"prompts": len(prompts), "hits": share}, grid, f"nearest: hits={share:.2f}"
 
 
-METRICS: dict[str, Callable[[Pipeline, bool], tuple[Scores, Image.Image, str]]] = {
-    "shapes": score_shapes,
-    "nearest": score_nearest,
+def check_trained_on(pipeline: Pipeline, fingerprint: str) -> None:
+    """Raises CheckpointError if the training part of the data is not what the model was trained on."""
+    if fingerprint != pipeline.trained.data:
+        raise CheckpointError(
+            f"the model was trained on other records than data.source={pipeline.config.data.source} holds now"
+            f" (hash {pipeline.trained.data[:12]}, here {fingerprint[:12]}); put them back"
+        )
+
+
+def score_validation(pipeline: Pipeline, elsewhere: bool) -> tuple[Scores, None, str]:
+    """The error of x0 at every level of noise.
+
+    Args:
+      pipeline: the model.
+      elsewhere: whether ``data.source`` was named for this, and not by the run. If it holds the records of the run,
+        those that were set aside are scored; else all are.
+
+    Returns:
+      The number of records and the errors by level; nothing to look at; the mean in a line.
+
+    Raises:
+      ConfigError: the run set nothing aside and no other source is named, or a cache made with other encoders.
+      DataError: records that cannot be read.
+      CheckpointError: the data of the run are not what they were.
+    """
+    import jax
+
+    from dit_jax import build
+    from dit_jax.feed import open_validation
+    from dit_jax.sharding import make_mesh, replicated
+    from dit_jax.training.validation import as_row, in_words
+
+    config = pipeline.config
+    fraction, source = config.data.validation_fraction, config.data.source
+    if not fraction and not elsewhere:
+        raise ConfigError(
+            "the run set no records aside (data.validation_fraction is 0); name other captioned pictures: --source"
+        )
+    fingerprint = build.make_source(config, "train").fingerprint() if fraction else ""
+    if not elsewhere:
+        check_trained_on(pipeline, fingerprint)
+    own = fingerprint == pipeline.trained.data
+    records = build.make_validation_source(config) if own else build.make_source(config, "all")
+    print(f"{'set aside by the run' if own else 'all records'}: {len(records):,} of {source}", flush=True)
+    encoded = open_validation(
+        config, None, records, pipeline.vae, pipeline.text_encoder, functools.partial(print, flush=True)
+    )
+    model = build.make_model(config, build.compute_dtype(config.dtype, jax.devices()[0]))
+    mesh = make_mesh(jax.devices())
+    validation = build.make_validation(config, model, build.make_process(config), encoded, mesh)
+    errors = validation(jax.device_put(pipeline.params, replicated(mesh)))
+    scores = {"source": source, "records": len(validation), "set_aside": own, **as_row(errors)}
+    return scores, None, f"validation: {in_words(errors)}"
+
+
+METRICS: dict[str, Callable[[Pipeline, argparse.Namespace], tuple[Scores, Image.Image | None, str]]] = {
+    "shapes": lambda pipeline, args: score_shapes(pipeline, args.full),
+    "nearest": lambda pipeline, args: score_nearest(pipeline),
+    "validation": lambda pipeline, args: score_validation(pipeline, args.source is not None),
 }
 
 
@@ -125,13 +181,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_model_flags(parser)
     parser.add_argument("--metric", choices=METRICS, default="shapes")
     parser.add_argument("--full", action="store_true", help=f"shapes: {FULL} prompts of each class, not {QUICK}")
-    parser.add_argument("--source", help="nearest: where the training pictures are; default: where they were")
+    parser.add_argument(
+        "--source",
+        help="nearest: where the training pictures are; validation: the same, or other captioned pictures, all of which"
+        " are scored; default: where they were",
+    )
     add_flags(parser)
     args = parser.parse_args(argv)
     run_program(lambda: _evaluate(args), args.traceback, "JAX_PLATFORMS=cpu scores it in the host's memory")
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    if args.full and args.metric != "shapes":
+        raise ConfigError("--full is for --metric=shapes")
     set_up(args.allow_cpu, args.verbose)
     pipeline = Pipeline.load(args.model, args.ema, args.step)
     if args.source is not None:
@@ -141,15 +203,17 @@ def _evaluate(args: argparse.Namespace) -> None:
     with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
     trained = pipeline.trained
-    settings = pipeline.config.sample.to_dict() | {"step": trained.step, "parameters": trained.parameters}
-    settings.pop("prompts")
+    settings = pipeline.config.sample.to_dict() if args.metric != "validation" else {}
+    settings |= {"step": trained.step, "parameters": trained.parameters}
+    settings.pop("prompts", None)
     print("settings: " + " ".join(f"{key}={value}" for key, value in settings.items()), flush=True)
-    scores, grid, line = METRICS[args.metric](pipeline, args.full)
+    scores, grid, line = METRICS[args.metric](pipeline, args)
     written = json.dumps({"settings": settings, "scores": scores}, indent=2)
     with writable(folder):
         (folder / f"{args.metric}.json").write_text(written + "\n")
-        save_png(grid, folder / f"{args.metric}.png", {"step": str(trained.step)})
-    print(f"pictures, unpicked: {folder / f'{args.metric}.png'}")
+        if grid:
+            save_png(grid, folder / f"{args.metric}.png", {"step": str(trained.step)})
+            print(f"pictures, unpicked: {folder / f'{args.metric}.png'}")
     print(line)
 
 

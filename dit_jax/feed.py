@@ -94,6 +94,7 @@ def open_feed(
     images = None
     if isinstance(source, Cache):
         check_cache(config, source, vae, text_encoder)
+        check_bad(config, source)
         order = build.make_order(config, source, source.bucket).without(source.bad)
         flip = source.mirrored and data.flip != "off"
         encoded_batches = gathered_batches(config, source, order, flip)
@@ -132,6 +133,38 @@ def open_feed(
         fill_latents(config, vae, encoded_batches, len(source))
     say_start_check(config, encoded_batches, images, vae, preview, say)
     return Feed(encoded_batches, [tuple(side // vae.factor for side in shapes[bucket]) for bucket in order.used])
+
+
+def open_validation(
+    config: ConfigDict, listed: Path | None, source: Source | Cache, vae: VAE, text_encoder: TextEncoder, say: Say
+) -> Cache:
+    """Encode the records to validate on and keep them in memory, however the run itself encodes; those of a cache are.
+
+    Args:
+      config: resolved.
+      listed: the run's list of bad records, which do not validate; None lists none.
+      source: the records.
+      vae, text_encoder: what encodes.
+      say: as of `open_feed`.
+
+    Raises:
+      ConfigError: a cache that was made in another way than the config says.
+      DataError: records that cannot be read: all of them, or they do not come.
+    """
+    if isinstance(source, Cache):
+        check_cache(config, source, vae, text_encoder)
+        cache = source
+    else:
+        say("the records to validate on:")
+        shapes = build.make_shapes(config, vae.factor)
+        bucket = find_buckets(source, shapes, config.data.patience, say)
+        bad_records = BadRecords(listed, 1.0, len(source))  # how many are too many is for training to say
+        cache = encode_once(config, source, bucket, shapes, False, vae, text_encoder, bad_records, say)
+    bad = int(cache.bad.sum())
+    if bad == len(cache):
+        raise DataError(f"all {bad:,} records of {config.data.source} to validate on are bad")
+    say(f"validation: {len(cache) - bad:,} records" + (f", {bad:,} bad ones left out" if bad else ""))
+    return cache
 
 
 # ------------------------------------------------------------------------------------------------ encoded as a whole
@@ -225,7 +258,6 @@ def check_cache(config: ConfigDict, cache: Cache, vae: VAE, text_encoder: TextEn
 
     Raises:
       ConfigError: it was made with other encoders or in another way; every field is named.
-      DataError: more of its records are bad than a run bears.
     """
     shapes = build.make_shapes(config, vae.factor)
     mirrored = cache.mirrored or config.data.flip == "on"
@@ -238,6 +270,10 @@ def check_cache(config: ConfigDict, cache: Cache, vae: VAE, text_encoder: TextEn
             f"{config.data.source} was not made for this config: {'; '.join(wrong)}; set the keys to the cache's, or"
             " make another cache: python -m dit_jax.precompute"
         )
+
+
+def check_bad(config: ConfigDict, cache: Cache) -> None:
+    """Raises DataError if more records of a cache are bad than a run bears."""
     bad = int(cache.bad.sum())
     if too_many(bad, config.data.max_bad_fraction, len(cache)):
         raise DataError(

@@ -44,6 +44,11 @@ def resolve(
     choose("data.encode", config.data.encode, dict.fromkeys(("once", "every_step")))
     choose("data.storage_dtype", config.data.storage_dtype, dict.fromkeys(("float16", "float32")))
     choose("data.crop", config.data.crop, dict.fromkeys(("center", "random")))
+    if config.validate_every and not config.data.validation_fraction:
+        raise ConfigError(
+            f"validate_every is {config.validate_every}, but no records are set aside to validate on: set"
+            " data.validation_fraction, as in --config.data.validation_fraction=0.01, or validate_every=0"
+        )
     choose("latents.normalize", config.latents.normalize, dict.fromkeys(("vae", "measured")))
     if config.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb_project is set, but wandb is not installed: pip install 'dit_jax[wandb]'")
@@ -81,7 +86,15 @@ RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     (
         "1 or more",
         lambda x: x >= 1,
-        ("batch_size", "accumulate", "keep_latest", "model.patch_size", "data.image_size", "sample.steps"),
+        (
+            "batch_size",
+            "accumulate",
+            "keep_latest",
+            "model.patch_size",
+            "data.image_size",
+            "sample.steps",
+            "data.validation_records",
+        ),
     ),
     (
         "0 or more",
@@ -92,6 +105,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             "log_every",
             "save_every",
             "sample_every",
+            "validate_every",
             "keep_every",
             "data.workers",
             "data.patience",

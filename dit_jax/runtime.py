@@ -103,6 +103,13 @@ def writable(folder: Path) -> Iterator[None]:
         raise WorkdirError(f"cannot write to {folder}: {reason}; give another folder") from error
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is either the old one or the new one, whenever the process ends."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 def _end(line: str, code: int, show_traceback: bool) -> None:
     _say_end(line, show_traceback)
     sys.exit(code)
@@ -149,6 +156,14 @@ def set_up(allow_cpu: bool, verbose: bool) -> None:
                 f"there is an NVIDIA device (driver {driver}), but JAX runs on CPU: pip install '.[cuda13]' (driver"
                 " 580, compute capability 7.5, or newer) or '.[cuda12]' (driver 525), or pass --allow_cpu"
             )
+
+
+def git_commit() -> str:
+    """The commit of the tree that this package lies in, if it lies in one."""
+    if shutil.which("git") is None:
+        return "no git"
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "no git"
 
 
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:

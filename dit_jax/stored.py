@@ -1,4 +1,4 @@
-"""Trained models on disk: what a run or an export says of itself, and how its parameters are read.
+"""Trained models on disk: what a run or an export says of itself, how its parameters are read, and what begins with it.
 
     run      config.json  checkpoints/<step>/...
     export   config.json  model.safetensors (or orbax/)  [vae/]  [text_encoder/]
@@ -8,8 +8,8 @@ hashes of data and encoders. The encoders that it was trained with lie in it, or
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dit_jax import build
-from dit_jax.config import TRAINED, read_run
+from dit_jax.config import TRAINED, flatten, read_run
 from dit_jax.encoders import places
 from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.sharding import make_mesh, replicated, with_sharding
 from dit_jax.training.checkpoint import find_step, restore_metadata, restore_params, restore_tree, save_tree
-from dit_jax.training.state import init_params
+from dit_jax.training.init_from import transfer
+from dit_jax.training.state import TrainState, init_params
 from dit_jax.trees import named_leaves
 
 FORMATS = ("safetensors", "orbax")
@@ -209,3 +210,57 @@ def _read_safetensors(path: Path, shapes: Any) -> Any:
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+# --- a new run begins with them ------------------------------------------------------------------------------
+
+# Keys that change what parameters mean, but not their shapes.
+MEANINGS = (
+    "diffusion.schedule",
+    "diffusion.shift",
+    "diffusion.prediction",
+    "model.num_heads",
+    "model.attention_head_dim",
+    "model.time_scale",
+    "model.text_pool",
+)
+
+
+def open_origin(config: ConfigDict, identity: Mapping[str, str], say: Callable[[str], None]) -> Stored:
+    """The model whose parameters a new run begins with; its scale of latents goes with them.
+
+    Raises:
+      CheckpointError: there is none.
+      ConfigError: it was trained with other encoders.
+    """
+    origin = open_stored(config.init_from, None, None)
+    other = [name for name in ENCODERS if getattr(origin.trained, name) != identity[name]]
+    if other:
+        named = ", ".join(f"{name} {origin.config[name]}" for name in other)
+        raise ConfigError(
+            f"init_from={config.init_from} was trained with another {' and '.join(other)} (its own: {named}); its"
+            " parameters mean nothing to these latents and states"
+        )
+    theirs, ours = flatten(origin.config), flatten(config)
+    for key in MEANINGS:
+        if theirs.get(key) != ours[key]:
+            say(f"warning: init_from was trained with {key}={theirs.get(key)}, this run has {ours[key]}")
+    if not config.latents.scale:
+        config.latents.shift, config.latents.scale = origin.config.latents.shift, origin.config.latents.scale
+    return origin
+
+
+def begin_from(origin: Stored, state: TrainState, factor: int, say: Callable[[str], None]) -> TrainState:
+    """A fresh state with the parameters of another model where they fit, and a word on every one that does not."""
+    found = transfer(origin.restore(factor), state.params)
+    trained = origin.trained
+    say(
+        f"init_from: {origin.folder}, {trained.parameters} parameters of step {trained.step}:"
+        f" {len(found.taken)} of {len(jax.tree.leaves(state.params))} taken over"
+    )
+    for kind in ("resampled", "new", "dropped", "misshapen"):
+        for name in getattr(found, kind):
+            say(f"init_from: {kind}: {name}")
+    if not found.taken:
+        raise ConfigError(f"nothing of init_from={origin.folder} fits this model")
+    return replace(state, params=found.params, ema=jax.tree.map(jnp.copy, found.params))

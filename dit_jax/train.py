@@ -10,10 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import os
 import platform
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -30,35 +27,25 @@ from PIL import Image
 
 import dit_jax
 from dit_jax import build
-from dit_jax.config import flatten, is_export, take_over, to_json
+from dit_jax.config import is_export, take_over, to_json
 from dit_jax.data.ahead import ahead
 from dit_jax.encoders import VAE, TextEncoder
 from dit_jax.errors import ConfigError, FetchError
-from dit_jax.feed import open_feed
+from dit_jax.feed import open_feed, open_validation
 from dit_jax.models.flops import peak_flops, training_flops
 from dit_jax.resolve import resolve
-from dit_jax.runtime import writable
+from dit_jax.runtime import git_commit, writable, write_whole
 from dit_jax.sample import Pipeline, make_grid, save_png
 from dit_jax.sharding import make_mesh, put_batch
-from dit_jax.stored import ENCODERS, Stored, Trained, open_stored
+from dit_jax.stored import Trained, begin_from, open_origin
 from dit_jax.training.checkpoint import Checkpoints, Commit, restore_metadata
-from dit_jax.training.init_from import transfer
 from dit_jax.training.progress import Progress, check_finite
 from dit_jax.training.state import TrainState, abstract_state, init_state
 from dit_jax.training.step import TrainStep
+from dit_jax.training.validation import Validation, as_row, in_words
 from dit_jax.training.writer import Watch, Writer
 from dit_jax.trees import count_parameters
 
-# Keys that change what parameters mean, but not their shapes.
-MEANINGS = (
-    "diffusion.schedule",
-    "diffusion.shift",
-    "diffusion.prediction",
-    "model.num_heads",
-    "model.attention_head_dim",
-    "model.time_scale",
-    "model.text_pool",
-)
 GRID = 16  # captions of the training set in a sample grid when the config names no prompts
 AHEAD = 3  # batches that are on the devices, or on their way, before the step that takes them
 
@@ -89,6 +76,7 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
         vae, text_encoder = build.make_vae(config), build.make_text_encoder(config)
     preview = build.make_preview_vae(config, vae)
     notes = resolve(config, len(source), vae.shape, text_encoder.shape, mesh.size)
+    held_out = build.make_validation_source(config) if config.validate_every else None
     dtype = build.compute_dtype(config.dtype, jax.devices()[0])
     model, process = build.make_model(config, dtype), build.make_process(config)
     build.make_times(config, process)  # needed later: what cannot be is refused before anything is written
@@ -101,7 +89,7 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
     checkpoints = open_checkpoints(config, workdir, identity)
     start = checkpoints.latest_step() or 0
     stop = min(config.stop_at_step or config.total_steps, config.total_steps)
-    banner(config, workdir, start, mesh, len(source), (vae, text_encoder))
+    banner(config, workdir, start, mesh, len(source), len(held_out or ()), (vae, text_encoder))
     if start >= stop:
         limit = "" if stop == config.total_steps else f" (stop_at_step {stop} of {config.total_steps})"
         say(f"nothing to do: step {start} of {stop} is done{limit}")
@@ -117,10 +105,14 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
     else:
         state = init_state(model, optimizer, jax.random.key(config.seed), side, side, mesh)
         if config.init_from:
-            state = begin_from(open_origin(config, identity), state, vae.factor)
+            state = begin_from(open_origin(config, identity, say), state, vae.factor, say)
     scaled = " with a dynamic loss scale" if dtype == jnp.float16 else ""
     say(f"parameters: {count_parameters(state.params):,}; compute in {np.dtype(dtype).name}{scaled}")
     feed = open_feed(config, workdir, source, vae, preview, text_encoder, say)
+    validation = None
+    if held_out is not None:
+        records = open_validation(config, workdir / "bad_records.jsonl", held_out, vae, text_encoder, say)
+        validation = build.make_validation(config, model, process, records, mesh)
     with writable(workdir):
         write_whole(workdir / "config.json", to_json(config))
     step_function = build.make_step(config, model, process, optimizer, learning_rate)
@@ -141,7 +133,10 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
             first = next(coming)
             train_steps = compile_steps(step_function, state, first, feed.grids)
             every_batch, steps = itertools.chain([first], coming), range(start + 1, stop + 1)
-            state = loop(config, state, steps, train_steps, every_batch, checkpoints, identity, draw, progress)
+            validate = functools.partial(score, validation, writer) if validation else None
+            state = loop(
+                config, state, steps, train_steps, every_batch, checkpoints, identity, validate, draw, progress
+            )
     say(f"done: step {stop} of {config.total_steps}")
     return state
 
@@ -154,10 +149,11 @@ def loop(
     coming: Iterator[dict[str, jax.Array]],
     checkpoints: Checkpoints,
     identity: dict[str, str],
+    validate: Callable[[Any, int], str] | None,
     draw: Callable[[Any, int], Path],
     progress: Progress,
 ) -> TrainState:
-    """Take the steps, and save and draw when it is due.
+    """Take the steps, and validate, save and draw when it is due.
 
     Args:
       config: says what is due when.
@@ -165,6 +161,7 @@ def loop(
       train_steps: by the latent grid of a batch.
       coming: a batch a step, on the devices.
       identity: saved with every checkpoint.
+      validate: parameters and step -> what to say of the errors; None where they are not wanted.
       draw: parameters and step -> where the grid of samples was written.
 
     Returns:
@@ -181,12 +178,18 @@ def loop(
             batch = next(coming)
         state, metrics = train_steps[batch["mean"].shape[1:3]](state, batch)
         progress.step(step, metrics)
+        last = step == config.total_steps
+        # before the step is saved: a run that is killed in between goes on from it, and must have this row
+        if validate and (last or is_due(step, config.validate_every)):
+            with progress.aside():
+                check_finite(step, metrics)
+                progress.say(validate(state.ema, step))
         if step == steps[-1] or is_due(step, config.save_every):
             with progress.aside():
                 check_finite(step, metrics)
                 report(checkpoints.save(state, identity))
                 progress.say(f"saving step={step}")
-        if is_due(step, config.sample_every) or (config.sample_every and step == config.total_steps):
+        if config.sample_every and (last or is_due(step, config.sample_every)):
             with progress.aside():
                 progress.say(f"samples of step {step}: {draw(state.ema, step)}")
         report(checkpoints.committed())
@@ -231,65 +234,29 @@ def refuse_another(saved: dict[str, str], found: dict[str, str]) -> None:
         )
 
 
-def open_origin(config: ConfigDict, identity: dict[str, str]) -> Stored:
-    """The model whose parameters a new run begins with; its scale of latents goes with them.
-
-    Raises:
-      CheckpointError: there is none.
-      ConfigError: it was trained with other encoders.
-    """
-    origin = open_stored(config.init_from, None, None)
-    other = [name for name in ENCODERS if getattr(origin.trained, name) != identity[name]]
-    if other:
-        named = ", ".join(f"{name} {origin.config[name]}" for name in other)
-        raise ConfigError(
-            f"init_from={config.init_from} was trained with another {' and '.join(other)} (its own: {named}); its"
-            " parameters mean nothing to these latents and states"
-        )
-    theirs, ours = flatten(origin.config), flatten(config)
-    for key in MEANINGS:
-        if theirs.get(key) != ours[key]:
-            say(f"warning: init_from was trained with {key}={theirs.get(key)}, this run has {ours[key]}")
-    if not config.latents.scale:
-        config.latents.shift, config.latents.scale = origin.config.latents.shift, origin.config.latents.scale
-    return origin
-
-
-def begin_from(origin: Stored, state: TrainState, factor: int) -> TrainState:
-    """A fresh state with the parameters of another model where they fit, and a word on every one that does not."""
-    found = transfer(origin.restore(factor), state.params)
-    trained = origin.trained
-    say(
-        f"init_from: {origin.folder}, {trained.parameters} parameters of step {trained.step}:"
-        f" {len(found.taken)} of {len(jax.tree.leaves(state.params))} taken over"
-    )
-    for kind in ("resampled", "new", "dropped", "misshapen"):
-        for name in getattr(found, kind):
-            say(f"init_from: {kind}: {name}")
-    if not found.taken:
-        raise ConfigError(f"nothing of init_from={origin.folder} fits this model")
-    return dataclasses.replace(state, params=found.params, ema=jax.tree.map(jnp.copy, found.params))
-
-
 def banner(
-    config: ConfigDict, workdir: Path, start: int, mesh: Mesh, records: int, encoders: Sequence[VAE | TextEncoder]
+    config: ConfigDict,
+    workdir: Path,
+    start: int,
+    mesh: Mesh,
+    records: int,
+    held_out: int,
+    encoders: Sequence[VAE | TextEncoder],
 ) -> None:
-    """Say what runs, on what, with which data and encoders, and where it begins."""
+    """Say what runs, on what, with which data and encoders, and where it begins.
+
+    ``records`` train and ``held_out`` validate.
+    """
     packages = " ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "orbax-checkpoint"))
     say(f"dit_jax {dit_jax.__version__} ({git_commit()}), Python {platform.python_version()}, {packages}")
     say(f"devices: {mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
-    say(f"data: {config.data.source}, {records:,} records, {config.data.image_size} px")
+    say(
+        f"data: {config.data.source}, {records:,} records, {config.data.image_size} px"
+        + (f", {held_out:,} others validate" if held_out else "")
+    )
     for encoder in encoders:
         say(f"encoder: {encoder.name} sha256 {encoder.sha256[:12]}")
     say(f"workdir: {workdir}, " + (f"resuming from step {start}" if start else "a new run"))
-
-
-def git_commit() -> str:
-    """The commit of the tree that this package lies in, if it lies in one."""
-    if shutil.which("git") is None:
-        return "no git"
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "no git"
 
 
 def make_progress(config: ConfigDict, writer: Writer, start: int, flops: int, mesh: Mesh) -> Progress:
@@ -324,6 +291,14 @@ def compile_steps(
     return compiled
 
 
+def score(validation: Validation, writer: Writer, params: Any, step: int) -> str:
+    """Score these parameters on the records that are set aside; write the row and return it in words."""
+    begin = time.monotonic()
+    errors = validation(params)
+    writer.metrics(step, as_row(errors))
+    return f"validation step={step} {in_words(errors)} in {time.monotonic() - begin:.1f} s"
+
+
 def draw_samples(
     pipeline: Pipeline, prompts: Sequence[str], folder: Path, writer: Writer, params: Any, step: int
 ) -> Path:
@@ -346,10 +321,3 @@ def say(line: str) -> None:
 def is_due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps (0: never) happens now."""
     return every > 0 and step % every == 0
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is either the old one or the new one, whenever the process ends."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

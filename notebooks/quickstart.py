@@ -115,15 +115,15 @@ losses = {}
 
 def watch(step, found):
     """Draws the loss so far, or the newest grid of samples (averaged parameters, fixed prompts and noise)."""
-    if isinstance(found, dict):
+    if not isinstance(found, dict):
+        grid.clear()
+        grid.imshow(found)
+        grid.set(title=f"samples of step {step}", xticks=[], yticks=[])
+    elif "loss" in found:  # a row of validation has none
         losses[step] = found["loss"]
         curve.clear()
         curve.plot(losses.keys(), losses.values(), ".-")
         curve.set(xlabel="step", ylabel="loss", yscale="log")
-    else:
-        grid.clear()
-        grid.imshow(found)
-        grid.set(title=f"samples of step {step}", xticks=[], yticks=[])
     screen.update(figure)
 
 

@@ -29,7 +29,7 @@ from tests import test_layers
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "dit_jax"
 TWINS = {"README.md": "README.zh-CN.md", "docs/architecture.md": "docs/zh/模型架构.md"}
-DOCUMENTS = [*TWINS, *TWINS.values(), "docs/data.md", "docs/sampling.md"]
+DOCUMENTS = [*TWINS, *TWINS.values(), "docs/data.md", "docs/sampling.md", "docs/validation.md"]
 SOURCES = [*PACKAGE.rglob("*.py"), *(REPOSITORY / "configs").glob("*.py")]
 KEYS = flatten(default.get_config())
 SECTIONS = "|".join({key.split(".")[0] for key in KEYS if "." in key})

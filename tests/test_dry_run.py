@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from dit_jax import dry_run as dry_run_module
 from dit_jax import main
 from tests.tiny_run import CONFIG, tiny_flags
 
@@ -99,6 +100,15 @@ def test_with_data_it_compiles_and_measures_the_real_step(capsys, tmp_path):
     assert "shapes: 28 pictures; an epoch is 3.5 steps" in page
     assert float(re.search(r"compiled memory ([\d.]+) GiB", page)[1]) > 0
     assert re.search(r"[\d.]+ s a step, .* 20 steps take \d+s", page)
+
+
+def test_it_says_how_many_records_validate(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(dry_run_module, "say_measured", lambda *args: None)
+    page = dry_run(capsys, *tiny_flags(tmp_path, data__validation_fraction="0.5", validate_every="1000"))
+    trained, held_out = re.search(
+        r"shapes: (\d+) pictures; .*\n  (\d+) others are set aside and validate every 1,000 steps", page
+    ).groups()
+    assert int(trained) + int(held_out) == 28 and 5 < int(held_out) < 23
 
 
 def test_without_data_it_says_so_and_goes_on(capsys, tmp_path):

@@ -1,6 +1,8 @@
 """The scores: what is counted, what is printed, and that a perfect painter gets all of it."""
 
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,12 +10,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from dit_jax import evaluate
+from dit_jax.build import make_validation_source
 from dit_jax.data.shapes_world import EVALUATION_CLASSES, evaluation_scenes, render
 from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.precompute import precompute
 from dit_jax.sample import Pipeline
 from dit_jax.stored import Trained
-from tests.tiny_run import tiny_config
+from tests.noise_pictures import SQUARE, draw_noise
+from tests.tiny_run import tiny_config, train_tiny
 
 COUNT = 20
 
@@ -70,21 +74,19 @@ def test_nearest_counts_pictures_that_look_like_their_captions_own():
         r.captions[0]: np.clip(r.image + rng.normal(0, 5, r.image.shape), 0, 255).astype(np.uint8) for r in records
     }
     data = source.fingerprint()
-    scores, grid, line = evaluate.score_nearest(Painter(noisy, tiny_config(), data), full=False)
+    scores, grid, line = evaluate.score_nearest(Painter(noisy, tiny_config(), data))
     assert scores == {"prompts": COUNT, "hits": 1.0} and line == "nearest: hits=1.00"
     assert grid.size == (8 * 64, 3 * 64)
     shuffled = dict(zip(noisy, [*list(noisy.values())[1:], next(iter(noisy.values()))], strict=True))
-    scores, _, _ = evaluate.score_nearest(Painter(shuffled, tiny_config(), data), full=False)
+    scores, _, _ = evaluate.score_nearest(Painter(shuffled, tiny_config(), data))
     assert scores["hits"] < 0.2
-    with pytest.raises(ConfigError, match="--full is for --metric=shapes"):
-        evaluate.score_nearest(Painter(noisy, tiny_config(), data), full=True)
 
 
 def test_nearest_refuses_records_that_the_model_was_not_trained_on(tiny_run):
     pipeline = Pipeline.load(tiny_run)
     pipeline.config.data.num_pictures = 27
     with pytest.raises(CheckpointError, match="trained on other records than data.source=shapes holds now"):
-        evaluate.score_nearest(pipeline, full=False)
+        evaluate.score_nearest(pipeline)
 
 
 def test_a_model_trained_from_a_cache_is_shown_its_pictures_by_a_flag(tmp_path, monkeypatch, capsys):
@@ -125,7 +127,70 @@ def test_scores_that_cannot_be_written_are_not_drawn(tmp_path, monkeypatch, caps
     assert exit.value.code == 8 and f"cannot write to {tmp_path / 'evaluation'}" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("metric", ["nearest", "validation"])
+def test_only_shapes_has_a_full_set_of_prompts(metric, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main([f"--model={tmp_path}", f"--metric={metric}", "--full"])
+    assert exit.value.code == 2 and "--full is for --metric=shapes" in capsys.readouterr().err
+
+
 def test_a_folder_without_a_run_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         evaluate.main([f"--model={tmp_path}"])
     assert exit.value.code == 5 and "no run in" in capsys.readouterr().err
+
+
+# --- validation ---------------------------------------------------------------------------------------------
+
+VALIDATED = {"validate_every": "10", "data__validation_fraction": "0.5", "total_steps": "10", "sample_every": "0"}
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory):
+    return train_tiny(tmp_path_factory.mktemp("runs") / "validated", **VALIDATED)
+
+
+def scored(model, *flags):
+    evaluate.main([f"--model={model}", "--metric=validation", *flags])
+    return json.loads((model / "evaluation" / "validation.json").read_text())
+
+
+def test_validation_of_a_run_is_the_row_that_it_wrote(validated, capsys):
+    row = json.loads((validated / "metrics.jsonl").read_text().splitlines()[-1])
+    found = scored(validated)
+    count = len(make_validation_source(tiny_config(**VALIDATED)))
+    assert found["settings"] == {"step": 10, "parameters": "ema"}
+    assert found["scores"] == {"source": "shapes", "records": count, "set_aside": True} | {
+        name: pytest.approx(value, rel=1e-6) for name, value in row.items() if name != "step"
+    }
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1].startswith(f"validation: x0_error={row['validation_x0_error']:.4f} (log-SNR -5: ")
+    assert not (validated / "evaluation" / "validation.png").exists()
+    raw, early = scored(validated, "--ema=raw"), scored(validated, "--step=5")
+    assert len({scores["scores"]["validation_x0_error"] for scores in (found, raw, early)}) == 3
+
+
+def test_other_pictures_are_scored_whole_and_the_runs_own_never(validated, tmp_path, capsys):
+    source = draw_noise(tmp_path / "pictures", [SQUARE] * 5)
+    found = scored(validated, f"--source={source}")["scores"]
+    assert found["source"] == source and found["records"] == 5 and not found["set_aside"]
+    assert f"all records: 5 of {source}" in capsys.readouterr().out
+    precompute(tiny_config(**VALIDATED), tmp_path / "cache", 0, 1, 4096)  # the same records in another place
+    moved, own = scored(validated, f"--source=cache:{tmp_path / 'cache'}")["scores"], scored(validated)["scores"]
+    assert moved["set_aside"] and moved["records"] == own["records"]
+    assert moved["validation_x0_error"] == pytest.approx(own["validation_x0_error"], rel=1e-5)
+
+
+def test_without_records_set_aside_validation_asks_for_a_source(tiny_run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        scored(tiny_run)
+    assert exit.value.code == 2 and "name other captioned pictures: --source" in capsys.readouterr().err
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    assert scored(run, f"--source={draw_noise(tmp_path / 'pictures', [SQUARE] * 3)}")["scores"]["records"] == 3
+
+
+def test_validation_refuses_data_that_have_changed(validated):
+    pipeline = Pipeline.load(validated)
+    pipeline.config.data.num_pictures = 27
+    with pytest.raises(CheckpointError, match="trained on other records than data.source=shapes holds now"):
+        evaluate.score_validation(pipeline, elsewhere=False)

@@ -1,14 +1,24 @@
 """What training is fed with: several shapes of pictures, and data that never come."""
 
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dit_jax import build, feed, train
 from dit_jax.errors import DataError
+from dit_jax.precompute import precompute
 from dit_jax.resolve import resolve
+from dit_jax.sharding import make_mesh
+from dit_jax.training.state import init_params
 from dit_jax.training.step import TrainStep
 from tests.noise_pictures import SQUARE, TALL, WIDE, draw_noise
 from tests.tiny_run import tiny_config, train_tiny
+from tests.toy import randomise
 
 
 def open_feed(config, workdir):
@@ -92,3 +102,81 @@ def test_data_that_stop_coming_end_the_run(encode, last, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "make_source", lambda *args: Silent(make_source(*args), last))
     with pytest.raises(DataError, match=r"nothing came for 1\.5 seconds.*data\.patience"):
         train_tiny(tmp_path, data__encode=encode, data__patience="1.5")
+
+
+# --- validation ---------------------------------------------------------------------------------------------
+
+
+def open_validation(config, listed=None, say=lambda line: None):
+    """The encoded records to validate on, and what scores random parameters of the config on them."""
+    vae, text_encoder = build.make_vae(config), build.make_text_encoder(config)
+    resolve(config, 20, vae.shape, text_encoder.shape, 1)
+    config.latents.shift, config.latents.scale = (0.1,) * 4, (0.9,) * 4
+    source = build.make_validation_source(config)
+    records = feed.open_validation(config, listed, source, vae, text_encoder, say)
+    model, process = build.make_model(config, jnp.float32), build.make_process(config)
+    params = randomise(init_params(model, jax.random.key(0), 8, 8), 1)
+    validation = build.make_validation(config, model, process, records, make_mesh(jax.devices()[:1]))
+    return records, functools.partial(validation, params)
+
+
+def test_the_same_records_validate_however_they_come_and_whatever_the_seed(tmp_path):
+    """A cache holds mirror images, and an every_step run cuts at random places; neither is validated on."""
+    source = draw_noise(tmp_path / "pictures", [WIDE, TALL, SQUARE] * 8, bad=(4,))
+    changes = {
+        "data__source": source,
+        "data__validation_fraction": "0.4",
+        "data__buckets": "3",
+        "data__flip": "on",
+        "data__max_bad_fraction": "0.2",
+    }
+    precompute(tiny_config(**changes), tmp_path / "cache", 0, 1, 4096)
+    ways = {
+        "once": {},
+        "every_step": {"data__encode": "every_step", "data__crop": "random", "seed": "5"},
+        "cache": {"data__source": f"cache:{tmp_path / 'cache'}"},
+    }
+    opened = {name: open_validation(tiny_config(**changes | way)) for name, way in ways.items()}
+    records, score = opened["once"]
+    names = list(records.ids())
+    assert len(records) - records.bad.sum() > 5 and len(np.unique(records.bucket)) > 1
+    expected = score()
+    for name, (other, score) in opened.items():
+        assert list(other.ids()) == names and np.array_equal(other.bad, records.bad), name
+        np.testing.assert_allclose(score(), expected, rtol=1e-5, err_msg=name)
+
+
+def test_a_few_of_the_records_set_aside_are_as_if_fewer_had_been_set_aside(tmp_path):
+    changes = {"data__num_pictures": "200", "data__validation_fraction": "0.4"}
+    few = list(build.make_validation_source(tiny_config(**changes, data__validation_records="9")).ids())
+    assert len(few) == 9
+    for fraction in np.linspace(0.01, 0.1, 91):  # one of them sets just those aside
+        found = list(
+            build.make_source(tiny_config(**changes | {"data__validation_fraction": str(fraction)}), "validation").ids()
+        )
+        if len(found) >= 9:
+            break
+    assert set(few) <= set(found) and len(found) <= 11
+    everything = build.make_validation_source(tiny_config(**changes, data__validation_records="1000"))
+    assert list(everything.ids()) == list(build.make_source(tiny_config(**changes), "validation").ids())
+
+
+def test_bad_records_do_not_validate_and_are_listed(tmp_path):
+    """Two of a few: training would bear one."""
+    source = draw_noise(tmp_path / "pictures", [SQUARE] * 12)
+    config = tiny_config(data__source=source, data__validation_fraction="0.5")
+    names = [Path(id).name for id in build.make_validation_source(config).ids()]
+    for name in names[:2]:
+        (tmp_path / "pictures" / name).write_bytes(b"no picture")
+    said = []
+    records, score = open_validation(config, tmp_path / "bad_records.jsonl", said.append)
+    assert said[-1] == f"validation: {len(names) - 2} records, 2 bad ones left out"
+    listed = [json.loads(line)["id"] for line in (tmp_path / "bad_records.jsonl").read_text().splitlines()]
+    assert {Path(id).name for id in listed} == set(names[:2])
+    assert np.isfinite(score()).all() and (np.flatnonzero(records.bad) == [0, 1]).all()
+
+
+def test_records_that_are_all_bad_cannot_validate(tmp_path):
+    source = draw_noise(tmp_path / "pictures", [SQUARE] * 6, bad=range(6))
+    with pytest.raises(DataError, match="all .* records of folder:.* to validate on are bad"):
+        open_validation(tiny_config(data__source=source, data__validation_fraction="0.9"))

@@ -1,5 +1,7 @@
 """Whole runs: resuming is exact, a seed is a run, and a workdir holds what it should."""
 
+import contextlib
+import io
 import json
 import re
 import shutil
@@ -14,7 +16,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from dit_jax import train
+from dit_jax import build, train
 from dit_jax.config import ADDED, load_config
 from dit_jax.encoders.places import ASSETS
 from dit_jax.errors import CheckpointError, ConfigError, DivergedError
@@ -257,3 +259,89 @@ def test_a_run_whose_config_lacks_newer_keys_goes_on(tmp_path):
     (run / "config.json").write_text(json.dumps(config))
     train_tiny(run, stop_at_step="3")
     assert (run / "checkpoints" / "3").is_dir()
+
+
+# --- validation ---------------------------------------------------------------------------------------------
+
+VALIDATED = {"validate_every": "4", "data__validation_fraction": "0.5", "total_steps": "10", "sample_every": "0"}
+
+
+def rows_of(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def validation_rows(workdir: Path) -> list[dict]:
+    """Those of validation, which have no loss."""
+    return [row for row in rows_of(workdir) if "loss" not in row]
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory):
+    """A run that validates, and what it said."""
+    workdir = tmp_path_factory.mktemp("validated")
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        train_tiny(workdir, **VALIDATED)
+    return workdir, said.getvalue()
+
+
+def test_a_run_validates_on_what_is_set_aside(validated):
+    run, said = validated
+    rows = validation_rows(run)
+    assert [row["step"] for row in rows] == [4, 8, 10]
+    for row in rows:
+        levels = [row[f"validation_x0_error/log_snr={level}"] for level in range(-5, 8)]
+        assert len(row) == 15 and row["validation_x0_error"] == pytest.approx(np.mean(levels))
+        assert levels == sorted(levels, reverse=True) and levels[-1] > 0
+    assert [row["step"] for row in rows_of(run) if "loss" in row] == [1, 3, 6, 9, 10]
+    count = len(build.make_validation_source(tiny_config(**VALIDATED)))
+    assert f"data: shapes, {28 - count} records, 64 px, {count} others validate" in said
+    assert f"validation: {count} records" in said
+    assert f"validation step=8 x0_error={rows[1]['validation_x0_error']:.4f} (log-SNR -5: " in said
+
+
+def test_a_run_that_is_resumed_has_the_rows_of_one_that_is_not(validated, tmp_path):
+    """Also where it stops at a step that validates."""
+    for stop in ("5", "8", "0"):
+        train_tiny(tmp_path, **VALIDATED, stop_at_step=stop)
+    assert_same_run(validated[0], tmp_path, 10)
+
+
+def test_a_run_killed_while_a_step_is_saved_goes_on_with_all_of_its_rows(validated, tmp_path, monkeypatch):
+    """Whatever is on disk when a step is saved must hold what came before."""
+
+    def killed(self, state, identity):
+        raise KeyboardInterrupt
+
+    train_tiny(tmp_path, **VALIDATED, stop_at_step="7")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train.Checkpoints, "save", killed)
+        train_tiny(tmp_path, **VALIDATED, save_every="8")
+    assert [row["step"] for row in validation_rows(tmp_path)] == [4, 8]
+
+
+def test_validating_changes_nothing_of_the_training(validated, tmp_path):
+    run = train_tiny(tmp_path, **VALIDATED | {"validate_every": "0"})
+    assert_same_parameters(validated[0], run, 10)
+    assert rows_of(run) == [row for row in rows_of(validated[0]) if "loss" in row]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"data__validation_fraction": "0"}, "no records are set aside to validate on: set data.validation_fraction"),
+        ({"data__validation_fraction": "1e-9"}, "sets no record of data.source=shapes aside to validate on: set a"),
+        ({"data__validation_records": "0"}, "data.validation_records is 0; it must be 1 or more"),
+    ],
+)
+def test_nothing_to_validate_on_is_said_before_anything_is_written(change, says, tmp_path):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        train_tiny(tmp_path / "run", **{**VALIDATED, **change})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_may_validate_more_often_but_not_on_other_records(validated, tmp_path):
+    run = Path(shutil.copytree(validated[0], tmp_path / "run"))
+    assert train.run(tiny_config(**VALIDATED | {"validate_every": "3"}), run) is None
+    with pytest.raises(ConfigError, match="data.validation_records: 512 -> 3"):
+        train.run(tiny_config(**VALIDATED, data__validation_records="3"), run)

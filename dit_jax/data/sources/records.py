@@ -217,6 +217,15 @@ def split_indices(ids: Iterable[str], n: int, fraction: float, part: Literal["tr
     return np.flatnonzero(in_validation == (part == "validation"))
 
 
+def first_by_hash(ids: Iterable[str], n: int, count: int) -> np.ndarray:
+    """The ``count`` of n records whose hashes of `split_indices` are the smallest, or all: increasing int64.
+
+    Where they are chosen from a validation part, they are a smaller one: what else that holds does not change them.
+    """
+    hashes = np.fromiter((_unit_hash(id) for id in ids), np.float64, n)
+    return np.sort(np.argsort(hashes, kind="stable")[:count])
+
+
 def _unit_hash(id: str) -> float:
     """A number in [0, 1) that depends on the id alone, on every machine."""
     return int.from_bytes(hashlib.sha256(id.encode("utf-8", "surrogatepass")).digest()[:6]) / 2**48
