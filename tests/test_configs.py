@@ -1,10 +1,16 @@
-"""The shipped configs: their headers say what is predicted of them, and the recipe of eight pictures learns them."""
+"""The shipped configs: their headers say what is predicted of them, the recipe of eight pictures learns them, and
+published recipes train and draw."""
 
 import dataclasses
+import importlib
 import json
+import math
 import re
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs import base, large, overfit, small, xl
@@ -13,8 +19,9 @@ from dit_jax.config import load_config
 from dit_jax.dry_run import ENCODERS, predict
 from dit_jax.models.flops import DEVICES, GIB, training_flops
 from dit_jax.resolve import resolve
+from dit_jax.sample import Pipeline
 from dit_jax.sharding import make_mesh
-from dit_jax.training.state import abstract_state
+from dit_jax.training.state import abstract_state, init_params
 from dit_jax.trees import count_parameters
 
 SIZES = {"small": small, "base": base, "large": large, "xl": xl}
@@ -63,3 +70,34 @@ def test_eight_pictures_are_learnt_as_the_header_says(tmp_path, capsys):
     capsys.readouterr()
     evaluate.main([f"--model={tmp_path}", "--metric=nearest"])
     assert capsys.readouterr().out.splitlines()[-1] == "nearest: hits=1.00"
+
+
+RECIPES = sorted(path.stem for path in Path("configs/recipes").glob("*.py") if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_and_draws(tmp_path, name):
+    """Two steps as a user runs it, with less data and a smaller model; every key that it sets is alive in them."""
+    few = {"total_steps": "2", "batch_size": "4", "warmup_steps": "1", "data.num_pictures": "12",
+           "data.validation_fraction": "0.3", "model.num_layers": "2", "model.hidden_size": "16",
+           "model.num_heads": "2", "model.attention_head_dim": "8", "sample.steps": "3"}  # fmt: skip
+    config = load_config(f"configs/recipes/{name}.py", few)
+    train.run(config, tmp_path)
+    rows = list(map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()))
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2]
+    assert all(math.isfinite(row["validation_x0_error"]) for row in rows if "loss" not in row)
+    (picture,) = Pipeline.load(tmp_path)(["a red circle"])
+    assert picture.size == (64, 64) and np.asarray(picture).std() > 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_fits_the_other_sizes_and_its_header_names_it(name):
+    module = importlib.import_module(f"configs.recipes.{name}")
+    assert f"--config=configs/recipes/{name}.py" in module.__doc__
+    config = module.recipe(small.get_config())
+    config.model.num_layers = 2
+    resolve(config, 1, *build.describe_encoders(config), 1)
+    model, process = build.make_model(config, jnp.bfloat16), build.make_process(config)
+    build.make_sampler(config, process, build.make_grid(config, process))
+    shapes = jax.eval_shape(lambda key: init_params(model, key, 32, 32), jax.random.key(0))
+    assert set(shapes) >= {"blocks_0", "blocks_1", "final_layer", "t_embedder", "x_embedder", "y_embedder"}
