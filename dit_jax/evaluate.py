@@ -25,8 +25,10 @@ import numpy as np
 from PIL import Image
 
 from dit_jax.errors import CheckpointError, ConfigError
+from dit_jax.pictures import make_grid, save_png
+from dit_jax.pipeline import Pipeline
 from dit_jax.runtime import add_flags, path_of, run_program, set_up, writable
-from dit_jax.sample import Pipeline, add_model_flags, make_grid, save_png
+from dit_jax.sample import add_model_flags
 
 QUICK, FULL = 200, 1000  # prompts of each class of the shapes world
 SHOWN_SHAPES = 16  # pictures of each class in the grid: the first ones

@@ -22,7 +22,8 @@ LIBRARIES = {"diffusion", "models", "encoders", "data"}  # layer 1: do not know 
 ROOMS = {"training", "metrics"}  # layer 2
 # layer 4
 PROGRAMS = {"sample", "evaluate", "train", "dry_run", "precompute", "export", "serve", "doctor", "bench", "__main__"}
-BELOW_PROGRAMS = LEAVES | LIBRARIES | ROOMS | {"config", "resolve", "build", "feed", "stored", "runtime"}
+MIDDLE = {"config", "resolve", "build", "feed", "stored", "pipeline", "pictures", "runtime"}  # layer 3
+BELOW_PROGRAMS = LEAVES | LIBRARIES | ROOMS | MIDDLE
 
 MAY_IMPORT = {
     "__init__": set(),
@@ -34,9 +35,11 @@ MAY_IMPORT = {
     "build": LEAVES | LIBRARIES | ROOMS | {"resolve"},
     "feed": LEAVES | LIBRARIES | ROOMS | {"config", "build"},  # what runs are fed with
     "stored": LEAVES | ROOMS | {"encoders", "config", "build"},  # trained models on disk
+    "pipeline": LEAVES | LIBRARIES | {"config", "resolve", "build", "stored"},  # a trained model that draws
+    "pictures": LEAVES | {"runtime"},  # the files of what was drawn
     "runtime": LEAVES,  # how programs start and end
     **{program: BELOW_PROGRAMS | {"sample"} for program in PROGRAMS},
-    "train": BELOW_PROGRAMS | {"sample", "evaluate"},
+    "train": BELOW_PROGRAMS | {"evaluate"},
     "main": PROGRAMS | {"config", "runtime"},
 }
 
