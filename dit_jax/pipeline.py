@@ -7,20 +7,25 @@ seed ``seed + i`` and depends on nothing else: that seed alone draws it again, w
 import functools
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
 from dit_jax.arrays import TextStates
+from dit_jax.config import CHANGEABLE, flatten
 from dit_jax.errors import ConfigError
 from dit_jax.resolve import check_ranges
 
 if TYPE_CHECKING:
+    from dit_jax.canvas import Canvas, Known
+    from dit_jax.data.given import Given
     from dit_jax.encoders import VAE, TextEncoder
     from dit_jax.encoders.tokenizer import LongPrompt
+    from dit_jax.recipe import Recipe
     from dit_jax.stored import Trained
 
 BATCHES = (1, 4, 16, 64)  # compiled batch sizes: a call is cut into the largest and padded to the smallest that fits
@@ -80,23 +85,29 @@ class Pipeline:
         prompts: Sequence[str],
         steps: int | None = None,
         guidance_scale: float | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         num_images: int = 1,
         negative_prompt: str | None = None,
         sampler: str | None = None,
         height: int | None = None,
         width: int | None = None,
         long_prompt: "LongPrompt" = "truncate",
+        init_image: "Given | None" = None,
+        mask: "Given | None" = None,
         **settings: Any,
     ) -> list[Image.Image]:
         """Draw ``num_images`` pictures per prompt, prompt by prompt.
 
         Args:
-          prompts: captions; longer ones than the text encoder takes are cut with a warning.
+          prompts: captions.
           steps, guidance_scale, sampler, height, width: None takes the run's own (pixels for the last two).
-          seed: of the first picture; picture i has ``seed + i``.
+          seed: of the first picture, and picture i has ``seed + i``; or as many as there are pictures.
           negative_prompt: what guidance leads away from; None is the learned null caption.
-          long_prompt: ``truncate`` or ``error``.
+          long_prompt: captions longer than the text encoder takes are cut with a warning (``truncate``), refused
+            (``error``) or read in pieces (``chunk``).
+          init_image: what to start from: a path, a PIL image or an array, uint8 ``[height, width, 3]``. It is cropped
+            and resized like a picture of the training set. How much of it goes is ``strength``, one of the settings.
+          mask: of the size of ``init_image``. White is drawn anew, at strength 1 unless told otherwise; black is kept.
           settings: any other key of ``sample`` in the config, such as ``grid`` or ``guidance_interval``.
 
         Returns:
@@ -104,11 +115,12 @@ class Pipeline:
 
         Raises:
           ConfigError: a value that cannot be.
+          DataError: ``init_image`` or ``mask`` cannot be read.
         """
         if isinstance(prompts, str):
             prompts = [prompts]
         prompts = [prompt for prompt in prompts for _ in range(num_images)]
-        seeds = range(seed, seed + len(prompts))
+        seeds = spread_seeds(seed, len(prompts))
         pixels = self.draw(
             prompts,
             seeds,
@@ -116,6 +128,8 @@ class Pipeline:
             height,
             width,
             long_prompt,
+            init_image,
+            mask,
             steps=steps,
             guidance_scale=guidance_scale,
             sampler=sampler,
@@ -134,6 +148,8 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         long_prompt: "LongPrompt" = "truncate",
+        init_image: "Given | None" = None,
+        mask: "Given | None" = None,
         **settings: Any,
     ) -> np.ndarray:
         """Like a call, with one seed per prompt: uint8 ``[len(prompts), height, width, 3]``.
@@ -141,17 +157,10 @@ class Pipeline:
         ``settings`` are keys of ``sample`` in the config; None takes the run's own.
         """
         from dit_jax.build import config_errors
+        from dit_jax.canvas import read_canvas
 
-        chosen = self._sample_config(settings).sample.to_dict()
-        scale = float(chosen.pop("guidance_scale"))
-        del chosen["prompts"]
-        recipe = Recipe(
-            height=self.config.data.image_size if height is None else height,
-            width=self.config.data.image_size if width is None else width,
-            guided=scale != 1.0,
-            settings=tuple(chosen.items()),
-        )
-        self._check_size(recipe)
+        canvas = read_canvas(init_image, mask)
+        recipe, scale = self._recipe(height, width, canvas, settings)
         if not len(prompts):
             raise ConfigError("there is nothing to draw: no prompts")
         if min(seeds) < 0 or max(seeds) >= 2**32:
@@ -159,17 +168,77 @@ class Pipeline:
         if negative_prompt is not None and not recipe.guided:
             warnings.warn("negative_prompt does nothing at guidance_scale 1", stacklevel=2)
         with config_errors("prompt"):
-            ids, mask = self.text_encoder.tokenize(list(prompts), long_prompt)
+            ids, real = self.text_encoder.tokenize(list(prompts), long_prompt)
             negative = None if negative_prompt is None else self.text_encoder([negative_prompt], long_prompt)
+        known = canvas.latents(self.vae, recipe.height, recipe.width) if canvas and recipe.edited else None
 
         pictures = []
         for first in range(0, len(prompts), BATCHES[-1]):
             n = min(BATCHES[-1], len(prompts) - first)
             B = next(size for size in BATCHES if size >= n)
             rows = np.minimum(np.arange(first, first + B), len(prompts) - 1)  # the last one fills the batch
-            text = self.text_encoder.encode_ids(ids[rows], mask[rows])
-            pictures.append(self._draw_batch(recipe, text, np.asarray(seeds)[rows], negative, scale)[:n])
+            text = self.text_encoder.encode_ids(ids[rows], real[rows])
+            pictures.append(self._draw_batch(recipe, text, np.asarray(seeds)[rows], negative, scale, known)[:n])
         return np.concatenate(pictures)
+
+    def identity(
+        self,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        long_prompt: "LongPrompt" = "truncate",
+        init_image: "Given | None" = None,
+        mask: "Given | None" = None,
+        **settings: Any,
+    ) -> dict[str, Any]:
+        """All that decides a picture of `draw` beside prompt and seed, the model included, as JSON has it.
+
+        Raises as `draw` does where one of the arguments cannot be.
+        """
+        from dit_jax.canvas import read_canvas
+
+        canvas = read_canvas(init_image, mask)
+        recipe, scale = self._recipe(height, width, canvas, settings)
+        return {
+            "model": {
+                "config": {key: value for key, value in flatten(self.config).items() if key not in CHANGEABLE},
+                **asdict(self.trained),
+            },
+            "sample": {**dict(recipe.settings), "guidance_scale": scale, "first_step": recipe.first_step},
+            "height": recipe.height,
+            "width": recipe.width,
+            "negative_prompt": negative_prompt,
+            "long_prompt": long_prompt,
+            "canvas": canvas.sha256() if canvas and recipe.edited else None,
+        }
+
+    def _recipe(
+        self, height: int | None, width: int | None, canvas: "Canvas | None", settings: dict[str, Any]
+    ) -> tuple["Recipe", float]:
+        """What to compile, and the guidance scale."""
+        from dit_jax.diffusion.editing import first_step
+        from dit_jax.recipe import Recipe
+
+        chosen = self._sample_config(settings).sample.to_dict()
+        scale = float(chosen.pop("guidance_scale"))
+        strength = chosen.pop("strength")
+        del chosen["prompts"]
+        if canvas is None:
+            if settings.get("strength") is not None:
+                raise ConfigError(f"strength {strength} is of a picture to start from; there is no init_image")
+            strength = 1.0
+        elif canvas.redraw is not None and settings.get("strength") is None:
+            strength = 1.0
+        recipe = Recipe(
+            height=self.config.data.image_size if height is None else height,
+            width=self.config.data.image_size if width is None else width,
+            guided=scale != 1.0,
+            first_step=first_step(chosen["steps"], strength),
+            masked=canvas is not None and canvas.redraw is not None,
+            settings=tuple(chosen.items()),
+        )
+        self._check_size(recipe)
+        return recipe, scale
 
     def _sample_config(self, settings: dict[str, Any]) -> ConfigDict:
         """The run's config with other keys of ``sample``, where they are not None."""
@@ -190,7 +259,13 @@ class Pipeline:
             raise ConfigError(f"a picture of {size}: height and width must be multiples of {unit}")
 
     def _draw_batch(
-        self, recipe: "Recipe", text: TextStates, seeds: np.ndarray, negative: TextStates | None, scale: float
+        self,
+        recipe: "Recipe",
+        text: TextStates,
+        seeds: np.ndarray,
+        negative: TextStates | None,
+        scale: float,
+        known: "Known | None",
     ) -> np.ndarray:
         """One batch: text states and seeds ``[B]``, negative text of one -> uint8 ``[B, height, width, 3]``."""
         import jax
@@ -199,51 +274,26 @@ class Pipeline:
         if negative is not None:
             negative = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(seeds), *a.shape[1:])), negative)
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-        latents = self._compiled(recipe)(self.params, keys, text, negative, scale)
+        latents = self._compiled(recipe)(self.params, keys, text, negative, scale, known)
         pixels = np.asarray(self.vae.decode(latents), np.float32)
         return np.round((pixels + 1.0) * 127.5).astype(np.uint8)
 
     def _compile(self, recipe: "Recipe") -> Any:
-        """The jitted sampler: parameters, keys ``[B]``, text, negative text and scale -> raw latents."""
-        import jax
+        from dit_jax.recipe import compile_sampler
 
-        from dit_jax import build
-        from dit_jax.diffusion import guidance, samplers
-
-        h, w = recipe.height // self.vae.factor, recipe.width // self.vae.factor
         config = self._sample_config(dict(recipe.settings))
-        grid = build.make_grid(config, self._process)
-        sampler = build.make_sampler(config, self._process, grid)
-        correction = build.make_correction(config)
-
-        def draw(params, keys, text, negative, scale):
-            def apply(*args, method):
-                return self._model.apply({"params": params}, *args, method=method)
-
-            def predict(x_t, t, text):
-                return apply(x_t, t, text, False, method="predict")
-
-            if negative is None:
-                negative = apply(len(keys), method="null_text")
-            text, negative = (apply(states, method="prepare_text") for states in (text, negative))
-            segments = [(0, len(grid) - 1, guidance.conditional(predict, self._process, text))]
-            if recipe.guided:
-                guided = guidance.classifier_free(predict, self._process, text, negative, scale, correction)
-                segments = guidance.segments(grid, config.sample.guidance_interval, guided, segments[0][-1])
-            x = samplers.draw_prior(keys, (h, w, self._model.in_channels))
-            x = samplers.run(sampler, keys, x, grid, segments)
-            return self._latents.to_raw(x)
-
-        return jax.jit(draw)
+        return compile_sampler(recipe, config, self._model, self._process, self._latents, self.vae.factor)
 
 
-class Recipe(NamedTuple):
-    """What one compiled sampler is made for. The guidance scale is its argument, but for 1: that is no guidance.
+def spread_seeds(seed: int | Sequence[int], count: int) -> Sequence[int]:
+    """The seeds of ``count`` pictures: ``seed + i``, or those that were given one by one.
 
-    ``settings`` are all other keys of ``sample`` in the config, as pairs.
+    Raises:
+      ConfigError: neither one seed nor as many as pictures.
     """
-
-    height: int
-    width: int
-    guided: bool
-    settings: tuple[tuple[str, Any], ...]
+    given = [seed] if isinstance(seed, int | np.integer) else list(seed)
+    if len(given) == 1:
+        return range(int(given[0]), int(given[0]) + count)
+    if len(given) != count:
+        raise ConfigError(f"{len(given)} seeds for {count} pictures; give one, or as many as pictures")
+    return given
