@@ -163,8 +163,7 @@ class Pipeline:
         recipe, scale = self._recipe(height, width, canvas, settings)
         if not len(prompts):
             raise ConfigError("there is nothing to draw: no prompts")
-        if min(seeds) < 0 or max(seeds) >= 2**32:
-            raise ConfigError(f"seeds from {min(seeds)} to {max(seeds)}; they must be in [0, 2**32)")
+        check_seeds(seeds)
         if negative_prompt is not None and not recipe.guided:
             warnings.warn("negative_prompt does nothing at guidance_scale 1", stacklevel=2)
         with config_errors("prompt"):
@@ -297,3 +296,9 @@ def spread_seeds(seed: int | Sequence[int], count: int) -> Sequence[int]:
     if len(given) != count:
         raise ConfigError(f"{len(given)} seeds for {count} pictures; give one, or as many as pictures")
     return given
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """ConfigError unless all seeds can be."""
+    if min(seeds) < 0 or max(seeds) >= 2**32:
+        raise ConfigError(f"seeds from {min(seeds)} to {max(seeds)}; they must be in [0, 2**32)")

@@ -43,7 +43,8 @@ def compile_sampler(
 
     Returns:
       Parameters, keys ``[B]``, text states of B captions, those to guide away from (None: the null caption), guidance
-      scale, what is known of the picture that is edited (`dit_jax.canvas.Known` or None) -> raw latents ``[B, h, w, C]``.
+      scale, and what is known of the picture that is edited (`dit_jax.canvas.Known` or None) -> raw latents
+      ``[B, h, w, C]``.
     """
     h, w = recipe.height // factor, recipe.width // factor
     grid = build.make_grid(config, process)

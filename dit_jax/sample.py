@@ -2,17 +2,20 @@
 
     python -m dit_jax.sample --model=runs/quickstart --prompt="a small red circle" --num_images=4 --output=pictures
 
-`Pipeline`, which a notebook uses, is here by a stable name.
+Pictures are drawn and written batch by batch; the same command goes on where it was stopped. `Pipeline`, which a
+notebook uses, is here by a stable name.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from dit_jax.errors import ConfigError
-from dit_jax.pictures import make_grid, save_png
-from dit_jax.pipeline import Pipeline
+from dit_jax.pictures import BATCH, Archive, Folder, cut_into_batches, make_grid
+from dit_jax.pipeline import Pipeline, check_seeds, spread_seeds
 from dit_jax.runtime import add_flags, path_of, run_program, set_up, writable
 
 __all__ = ["Pipeline", "add_model_flags", "main", "make_grid", "read_prompts"]
@@ -32,9 +35,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m dit_jax.sample", description=__doc__.split("\n")[0])
     add_model_flags(parser)
     parser.add_argument("--prompt", action="append", default=[], help="may be given more than once")
-    parser.add_argument("--prompts_file", type=path_of, help="one prompt a line")
+    parser.add_argument(
+        "--prompts_file", type=path_of, help="one prompt a line; or .jsonl, rows of prompt and perhaps seed"
+    )
     parser.add_argument("--num_images", type=int, default=1, help="per prompt")
-    parser.add_argument("--seed", type=int, default=0, help="picture i has seed + i")
+    parser.add_argument(
+        "--seed", type=int, nargs="+", default=[0], help="one: picture i has seed + i; or one for every picture"
+    )
     parser.add_argument("--steps", type=int, help="default: the run's")
     parser.add_argument("--guidance_scale", type=float, help="1 is off; default: the run's")
     parser.add_argument(
@@ -52,18 +59,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--grid", help="times of the steps: uniform | trailing | karras | shifted; default: the run's")
     parser.add_argument("--height", type=int, help="pixels; default: the run's")
     parser.add_argument("--width", type=int)
-    parser.add_argument("--long_prompt", choices=("truncate", "error"), default="truncate")
-    parser.add_argument("--output", type=path_of, default=Path("pictures"), help="folder for the PNG files")
+    parser.add_argument("--long_prompt", choices=("truncate", "error", "chunk"), default="truncate")
+    parser.add_argument("--init_image", type=path_of, help="a picture to start from")
+    parser.add_argument(
+        "--strength", type=float, help="0 keeps it .. 1 starts from noise; default: the run's, and 1 with --mask"
+    )
+    parser.add_argument("--mask", type=path_of, help="of --init_image: white is drawn anew, black is kept")
+    parser.add_argument("--output", type=path_of, default=Path("pictures"), help="folder of PNG files, or x.npz")
     add_flags(parser)
     args = parser.parse_args(argv)
     run_program(lambda: _draw(args), args.traceback, "draw fewer pictures at a time, or smaller ones")
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not empty.
+class Wish(NamedTuple):
+    """A prompt, and the seed of its first picture where that is its own."""
+
+    prompt: str
+    seed: int | None
+
+
+def read_prompts(path: Path) -> list[Wish]:
+    """The prompts of a text file, one a line, or of a ``.jsonl``; empty lines do not count.
 
     Raises:
-      ConfigError: there is no such file, or it is not UTF-8.
+      ConfigError: there is no such file, it is not UTF-8, or a row of it is wrong.
     """
     if not path.is_file():
         raise ConfigError(f"no prompts file {path}")
@@ -71,48 +90,89 @@ def read_prompts(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"prompts file {path} is not UTF-8: {error}") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if path.suffix != ".jsonl":
+        return [Wish(line, None) for _, line in lines]
+    return [_read_row(line, f"line {number} of {path}") for number, line in lines]
 
 
-def _draw(args: argparse.Namespace) -> None:
-    prompts = list(args.prompt)
+def _read_row(line: str, place: str) -> Wish:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{place} is not JSON: {error}") from error
+    wish = Wish(row.pop("prompt", None), row.pop("seed", None)) if isinstance(row, dict) else Wish("", None)
+    seeded = wish.seed is None or type(wish.seed) is int
+    if row or not isinstance(wish.prompt, str) or not seeded:
+        raise ConfigError(f'{place} must be {{"prompt": TEXT}} or {{"prompt": TEXT, "seed": NUMBER}}, not {line}')
+    return wish
+
+
+def _wishes(args: argparse.Namespace) -> tuple[list[str], list[int]]:
+    """Prompt and seed of every picture."""
+    wishes = [Wish(prompt, None) for prompt in args.prompt]
     if args.prompts_file:
-        prompts += read_prompts(args.prompts_file)
-    if not prompts:
+        wishes += read_prompts(args.prompts_file)
+    if not wishes:
         raise ConfigError("nothing to draw: give --prompt or --prompts_file")
     if args.num_images < 1:
         raise ConfigError(f"--num_images is {args.num_images}; it must be 1 or more")
+    if len(args.seed) > 1 and any(wish.seed is not None for wish in wishes):
+        raise ConfigError(f"{len(args.seed)} seeds, and others in {args.prompts_file}; give one --seed at most")
+    prompts = [wish.prompt for wish in wishes for _ in range(args.num_images)]
+    own = [None if wish.seed is None else wish.seed + j for wish in wishes for j in range(args.num_images)]
+    spread = spread_seeds(args.seed, len(prompts))
+    seeds = [s if mine is None else mine for s, mine in zip(spread, own, strict=True)]
+    check_seeds(seeds)
+    return prompts, seeds
+
+
+def _request(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `Pipeline.draw` beside prompts and seeds."""
+    flags = ("negative_prompt", "height", "width", "long_prompt", "init_image", "mask", "strength", "steps", "sampler",
+             "guidance_scale", "grid", "guidance_rescale", "apg_parallel", "apg_norm")  # fmt: skip
+    interval = args.guidance_interval and tuple(args.guidance_interval)
+    return {flag: getattr(args, flag) for flag in flags} | {"guidance_interval": interval}
+
+
+def _draw(args: argparse.Namespace) -> None:
+    prompts, seeds = _wishes(args)
+    request = _request(args)
     set_up(args.allow_cpu, args.verbose)
+    from dit_jax.build import config_errors
+    from dit_jax.training.progress import Counter  # after set_up, which decides how jax begins
+
     pipeline = Pipeline.load(args.model, args.ema, args.step)
+    settings = pipeline.identity(**request)
+    if args.long_prompt == "error":
+        with config_errors("prompt"):  # all of them, before hours of work
+            pipeline.text_encoder.tokenize(prompts, args.long_prompt)
+    batches = cut_into_batches(prompts, seeds, settings)
+    step = pipeline.trained.step
+    output: Archive | Folder
     with writable(args.output):
-        args.output.mkdir(parents=True, exist_ok=True)
-    print(f"{args.model}: step {pipeline.trained.step}, {pipeline.trained.parameters} parameters", flush=True)
-    images = pipeline(
-        prompts,
-        steps=args.steps,
-        guidance_scale=args.guidance_scale,
-        seed=args.seed,
-        num_images=args.num_images,
-        negative_prompt=args.negative_prompt,
-        sampler=args.sampler,
-        height=args.height,
-        width=args.width,
-        long_prompt=args.long_prompt,
-        grid=args.grid,
-        guidance_interval=args.guidance_interval and tuple(args.guidance_interval),
-        guidance_rescale=args.guidance_rescale,
-        apg_parallel=args.apg_parallel,
-        apg_norm=args.apg_norm,
-    )
-    for i, image in enumerate(images):
-        path = args.output / f"{i:05d}.png"
+        if args.output.suffix == ".npz":
+            output = Archive(args.output, batches, settings)
+        else:
+            columns = args.num_images if args.num_images > 1 else min(len(prompts), 8)
+            output = Folder(args.output, batches, step, columns)
+    print(f"{args.model}: step {step}, {pipeline.trained.parameters} parameters", flush=True)
+    missing = [batch for batch in batches if not output.has(batch)]
+    left = sum(len(batch.prompts) for batch in missing)
+    if left < len(prompts):
+        print(f"{args.output}: {len(prompts) - left} of {len(prompts)} pictures are there already", flush=True)
+    counter = Counter("drew", "pictures", left, every=0.0)
+    for batch in missing:
+        pixels = pipeline.draw(batch.prompts, batch.seeds, **request)
         with writable(args.output):
-            save_png(image, path, {key: image.info[key] for key in ("prompt", "seed", "step")})
-        print(f"{path}  seed={image.info['seed']}  {image.info['prompt']}")
-    columns = args.num_images if args.num_images > 1 else min(len(images), 8)
+            output.write(batch, pixels)
+        counter.add(len(batch.prompts))
+    counter.close()
+    if isinstance(output, Folder) and len(prompts) <= BATCH:
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            print(f"{output.path(i)}  seed={seed}  {prompt}")
     with writable(args.output):
-        make_grid(images, columns).save(args.output / "grid.png")
-    print(f"{args.output / 'grid.png'}  {len(images)} pictures")
+        print(output.close())
 
 
 if __name__ == "__main__":
