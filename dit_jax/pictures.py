@@ -35,12 +35,12 @@ class Batch(NamedTuple):
     """Pictures that are drawn together.
 
     Attributes:
-      index: its number.
+      number: from 0.
       prompts, seeds: of each picture.
       digest: of all that decides them.
     """
 
-    index: int
+    number: int
     prompts: list[str]
     seeds: list[int]
     digest: str
@@ -48,16 +48,16 @@ class Batch(NamedTuple):
     @property
     def numbers(self) -> range:
         """Of its pictures, among all."""
-        return range(self.index * BATCH, self.index * BATCH + len(self.prompts))
+        return range(self.number * BATCH, self.number * BATCH + len(self.prompts))
 
 
 def cut_into_batches(prompts: Sequence[str], seeds: Sequence[int], settings: dict[str, Any]) -> list[Batch]:
     """The batches of a drawing; ``settings`` are what decides a picture beside its prompt and seed."""
     batches = []
-    for index in range(-(-len(prompts) // BATCH)):
-        rows = slice(index * BATCH, (index + 1) * BATCH)
+    for number in range(-(-len(prompts) // BATCH)):
+        rows = slice(number * BATCH, (number + 1) * BATCH)
         ours, theirs = list(prompts[rows]), [int(seed) for seed in seeds[rows]]
-        batches.append(Batch(index, ours, theirs, _digest([settings, ours, theirs])))
+        batches.append(Batch(number, ours, theirs, _digest([settings, ours, theirs])))
     return batches
 
 
@@ -156,13 +156,13 @@ class Archive:
             raise ConfigError(f"{path} holds other pictures; choose another --output")
         self._parts.mkdir(parents=True, exist_ok=True)
         found = {file.name: _read_array(file, "digest") for file in sorted(self._parts.glob("*.npz"))}
-        self._there = {batch.index for batch in batches if found.get(self._part(batch).name) == batch.digest}
+        self._there = {batch.number for batch in batches if found.get(self._part(batch).name) == batch.digest}
         if other := len(found) - len(self._there):
             print(f"{self._parts}: {other} parts of other prompts or settings are drawn again", flush=True)
 
     def has(self, batch: Batch) -> bool:
         """Whether the pictures of a batch are kept."""
-        return self._whole or batch.index in self._there
+        return self._whole or batch.number in self._there
 
     def write(self, batch: Batch, pixels: np.ndarray) -> None:
         """Keep the pictures of a batch, uint8 ``[n, height, width, 3]``."""
@@ -192,14 +192,14 @@ class Archive:
         with archive.open(_member("images"), "w", force_zip64=True) as file:
             for batch in self._batches:
                 images = _read_array(self._part(batch), "images")
-                if batch.index == 0:
+                if batch.number == 0:
                     shape = (count, *images.shape[1:])
                     header = {"descr": images.dtype.str, "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(images.tobytes())
 
     def _part(self, batch: Batch) -> Path:
-        return self._parts / f"{batch.index:05d}.npz"
+        return self._parts / f"{batch.number:05d}.npz"
 
 
 def make_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
@@ -226,7 +226,7 @@ def _read_chunks(path: Path) -> dict[str, str] | None:
     """The text chunks of a picture that we wrote; None of another file."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            found = {key: str(value) for key, value in image.info.items()}
+            found = {str(key): str(value) for key, value in image.info.items()}
     except OSError:
         return None
     return found if found.keys() >= {"prompt", "seed", "step"} else None

@@ -35,9 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m dit_jax.sample", description=__doc__.split("\n")[0])
     add_model_flags(parser)
     parser.add_argument("--prompt", action="append", default=[], help="may be given more than once")
-    parser.add_argument(
-        "--prompts_file", type=path_of, help="one prompt a line; or .jsonl, rows of prompt and perhaps seed"
-    )
+    parser.add_argument("--prompts_file", type=path_of, help="one prompt a line; .jsonl: rows of prompt and seed")
     parser.add_argument("--num_images", type=int, default=1, help="per prompt")
     parser.add_argument(
         "--seed", type=int, nargs="+", default=[0], help="one: picture i has seed + i; or one for every picture"
