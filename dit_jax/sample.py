@@ -129,9 +129,7 @@ def _request(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `Pipeline.draw` beside prompts and seeds."""
     for flag, path in (("init_image", args.init_image), ("mask", args.mask)):
         if path is not None and path.resolve().parent == args.output.resolve():
-            raise ConfigError(
-                f"--{flag}={path} lies in --output and could be replaced; choose another --output"
-            )
+            raise ConfigError(f"--{flag}={path} lies in --output and could be replaced; choose another --output")
     flags = ("negative_prompt", "height", "width", "long_prompt", "init_image", "mask", "strength", "steps", "sampler",
              "guidance_scale", "grid", "guidance_rescale", "apg_parallel", "apg_norm")  # fmt: skip
     interval = args.guidance_interval and tuple(args.guidance_interval)
