@@ -1,6 +1,7 @@
 """What a pipeline promises of edits, long prompts and seeds, and that it compiles no more than it must."""
 
 import logging
+import re
 
 import jax
 import numpy as np
@@ -76,7 +77,7 @@ def test_kept_latents_reach_the_vae_as_they_were(pipe, picture, right_half, monk
     for latents in seen:
         for one in latents:
             np.testing.assert_allclose(one[:, :4], known[:, :4], atol=1e-5)
-            assert np.abs(one[:, 4:] - known[:, 4:]).min(axis=(0, 1)).max() < np.abs(one[:, 4:] - known[:, 4:]).max()
+            assert np.abs(one[:, 4:] - known[:, 4:]).mean() > 0.1
         np.testing.assert_array_equal(latents[0, :, :4], latents[1, :, :4])
         assert np.abs(latents[0, :, 4:] - latents[1, :, 4:]).max() > 0.1
 
@@ -126,7 +127,7 @@ def test_what_cannot_be_edited_is_said_in_one_line(pipe, picture, tmp_path):
          {"init_image": picture, "mask": np.zeros((4, 8), bool)}),
         (ConfigError, r"init_image: a picture is uint8 .*, not float32 \[4, 4, 3\]",
          {"init_image": np.zeros((4, 4, 3), np.float32)}),
-        (DataError, "init_image: .*broken.png: not a picture that can be read", {"init_image": tmp_path / "broken.png"}),
+        (DataError, "init_image: .*broken.png: not a picture", {"init_image": tmp_path / "broken.png"}),
         (DataError, "mask: .*broken.png: not a picture", {"init_image": picture, "mask": tmp_path / "broken.png"}),
     ):  # fmt: skip
         with pytest.raises(error, match=says) as caught:
@@ -137,7 +138,7 @@ def test_what_cannot_be_edited_is_said_in_one_line(pipe, picture, tmp_path):
 def test_a_decompression_bomb_is_refused(pipe, picture, tmp_path, monkeypatch):
     picture.save(tmp_path / "picture.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(DataError, match="too many pixels: 64x64"):
+    with pytest.raises(DataError, match="init_image: .*picture.png: too many pixels"):
         pipe([RED], init_image=tmp_path / "picture.png")
 
 
@@ -156,7 +157,7 @@ def test_a_long_prompt_in_pieces_is_read_to_its_end(pipe):
     settings = {"steps": 2, "guidance_scale": 3.0}
     truncated = arrays(pipe([LONG], **settings))
     np.testing.assert_array_equal(truncated, arrays(pipe([LONG + " green star"], **settings)))
-    with pytest.warns(UserWarning, match="1 of 1 captions are longer than 32 tokens: read in up to 3 pieces"):
+    with pytest.warns(UserWarning, match="1 of 1 captions are longer than 32 tokens: read in pieces, up to 3"):
         chunked = arrays(pipe([LONG], long_prompt="chunk", **settings))
     assert np.abs(chunked - truncated).max() > 1
     changed = arrays(pipe([LONG + " green star"], long_prompt="chunk", **settings))
@@ -179,7 +180,7 @@ def compilations(caplog):
     """What JAX compiles, by name."""
     caplog.set_level(logging.WARNING, logger="jax")
     with jax.log_compiles():
-        yield lambda: [record.args[0] for record in caplog.records if str(record.msg).startswith("Finished XLA compil")]
+        yield lambda: re.findall(r"Finished XLA compilation of (\S+) in", "\n".join(caplog.messages))
 
 
 def test_another_prompt_seed_scale_strength_picture_or_mask_compiles_nothing(

@@ -69,7 +69,7 @@ def test_a_long_caption_can_be_an_error(tokenizer: Tokenizer):
 def test_a_long_caption_can_be_read_in_pieces(tokenizer: Tokenizer):
     S, words = golden.TEXT_LENGTH, {word: i for i, word in enumerate(golden.WORDS)}
     a, b = words["a</w>"], words["b</w>"]
-    with pytest.warns(UserWarning, match="1 of 3 captions are longer than 12 tokens: read in up to 3 pieces"):
+    with pytest.warns(UserWarning, match="1 of 3 captions are longer than 12 tokens: read in pieces, up to 3"):
         ids, mask = tokenizer(["a " * 20 + "b", "", "b b"], "chunk")
     assert ids.shape == mask.shape == (3, 3 * S)
     begin, end = golden.BOS, golden.EOS
