@@ -144,7 +144,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     trained = pipeline.trained
     settings = pipeline.config.sample.to_dict() | {"step": trained.step, "parameters": trained.parameters}
-    settings.pop("prompts")
+    for unused in ("prompts", "strength"):
+        settings.pop(unused)
     print("settings: " + " ".join(f"{key}={value}" for key, value in settings.items()), flush=True)
     scores, grid, line = METRICS[args.metric](pipeline, args.full)
     written = json.dumps({"settings": settings, "scores": scores}, indent=2)

@@ -173,7 +173,8 @@ def _draw(args: argparse.Namespace) -> None:
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             print(f"{output.path(i)}  seed={seed}  {prompt}")
     with writable(args.output):
-        print(output.close())
+        line = output.close()
+    print(line)
 
 
 if __name__ == "__main__":

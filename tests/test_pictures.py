@@ -1,6 +1,7 @@
 """Files of pictures: what is there is not drawn again, what is not ours is not touched, what is killed goes on."""
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -81,6 +82,8 @@ def test_the_archive_holds_pictures_seeds_prompts_and_settings(tmp_path):
         assert archive["seeds"].tolist() == [0, 1, 2, 3, 4] and archive["prompts"].tolist() == PROMPTS
         assert json.loads(str(archive["settings"]))["steps"] == 4
     assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+    with zipfile.ZipFile(tmp_path / "x.npz") as members:  # no clock in it: the same pictures are the same file
+        assert {member.date_time for member in members.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
 @pytest.mark.parametrize(
