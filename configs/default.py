@@ -135,5 +135,6 @@ def get_config() -> ConfigDict:
     # the step may be, over all latent pixels of a picture, 0 is off
     c.sample.apg_parallel = 1.0
     c.sample.apg_norm = 0.0
+    c.sample.strength = 0.6  # of an edit: 0 keeps the picture, 1 starts from noise; under a mask it is 1 unless told
     c.sample.prompts = ()  # of the grids; () takes captions of the training set. As a flag: "a,b" or "['a', 'b']"
     return c.lock()

@@ -49,6 +49,7 @@ ADDED = {
     "sample.guidance_rescale": 0.0,
     "sample.apg_parallel": 1.0,
     "sample.apg_norm": 0.0,
+    "sample.strength": 0.6,
 }
 TRAINED = "trained"  # what the config.json of an export says beside the config: see dit_jax.stored
 
@@ -81,6 +82,7 @@ CHANGEABLE = (
     "sample.guidance_rescale",
     "sample.apg_parallel",
     "sample.apg_norm",
+    "sample.strength",
     "sample.prompts",
 )
 

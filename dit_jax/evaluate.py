@@ -31,8 +31,10 @@ import numpy as np
 from PIL import Image
 
 from dit_jax.errors import CheckpointError, ConfigError
+from dit_jax.pictures import make_grid, save_png
+from dit_jax.pipeline import Pipeline
 from dit_jax.runtime import add_flags, path_of, run_program, set_up, writable
-from dit_jax.sample import Pipeline, add_model_flags, make_grid, save_png
+from dit_jax.sample import add_model_flags
 
 QUICK, FULL = 200, 1000  # prompts of each class of the shapes world
 SHOWN_SHAPES = 16  # pictures of each class in the grid: the first ones
@@ -205,7 +207,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     trained = pipeline.trained
     settings = pipeline.config.sample.to_dict() if args.metric != "validation" else {}
     settings |= {"step": trained.step, "parameters": trained.parameters}
-    settings.pop("prompts", None)
+    for unused in ("prompts", "strength"):
+        settings.pop(unused, None)
     print("settings: " + " ".join(f"{key}={value}" for key, value in settings.items()), flush=True)
     scores, grid, line = METRICS[args.metric](pipeline, args)
     written = json.dumps({"settings": settings, "scores": scores}, indent=2)

@@ -132,6 +132,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             "sample.eta",
             "sample.guidance_rescale",
             "sample.apg_parallel",
+            "sample.strength",
         ),
     ),  # fmt: skip
     ("in [0, 255]", lambda x: 0 <= x <= 255, ("data.buckets",)),

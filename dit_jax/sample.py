@@ -1,276 +1,24 @@
-"""Draws pictures from prompts: the `Pipeline` that a notebook uses, and the program.
+"""Draws pictures from prompts.
 
     python -m dit_jax.sample --model=runs/quickstart --prompt="a small red circle" --num_images=4 --output=pictures
 
-Text, noise, sampler and VAE run on the device; the whole sampler is one compiled loop. Image i of a call has the
-seed ``seed + i`` and depends on nothing else: that seed alone draws it again, whatever the batch.
+Pictures are drawn and written batch by batch; the same command goes on where it was stopped. `Pipeline`, which a
+notebook uses, is here by a stable name.
 """
 
 import argparse
-import functools
+import json
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
-from ml_collections import ConfigDict
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-
-from dit_jax.arrays import TextStates
 from dit_jax.errors import ConfigError
-from dit_jax.resolve import check_ranges
+from dit_jax.pictures import BATCH, Archive, Folder, cut_into_batches, make_grid
+from dit_jax.pipeline import Pipeline, check_seeds, spread_seeds
 from dit_jax.runtime import add_flags, path_of, run_program, set_up, writable
 
-if TYPE_CHECKING:
-    from dit_jax.encoders import VAE, TextEncoder
-    from dit_jax.encoders.tokenizer import LongPrompt
-    from dit_jax.stored import Trained
-
-BATCHES = (1, 4, 16, 64)  # compiled batch sizes: a call is cut into the largest and padded to the smallest that fits
-
-
-class Pipeline:
-    """A trained model with its encoders: prompts in, pictures out.
-
-    Args:
-      config: the run's resolved config.
-      vae, text_encoder: its frozen encoders.
-      params: parameters of the DiT; may be replaced between calls (as training does).
-      trained: what they came from; its step is written into the PNG files.
-
-    Attributes: the arguments, by the same names.
-    """
-
-    def __init__(
-        self, config: ConfigDict, vae: "VAE", text_encoder: "TextEncoder", params: Any, trained: "Trained"
-    ) -> None:
-        import jax
-
-        from dit_jax import build
-
-        self.config, self.vae, self.text_encoder = config, vae, text_encoder
-        self.params, self.trained = params, trained
-        self._model = build.make_model(config, build.compute_dtype(config.dtype, jax.devices()[0]))
-        self._process = build.make_process(config)
-        self._latents = build.make_latents(config)
-        self._compiled = functools.lru_cache(maxsize=None)(self._compile)
-
-    @classmethod
-    def load(cls, path: str | Path, ema: str | None = None, step: int | None = None) -> "Pipeline":
-        """Load a trained model.
-
-        Args:
-          path: the folder of a run or an export, or the hub id of an export.
-          ema: ``ema`` for the averaged parameters, ``raw`` for the last ones; None takes what an export holds, and the
-            averaged ones of a run.
-          step: which checkpoint of a run; None takes the newest.
-
-        Raises:
-          CheckpointError: no such model there, or one that was trained with other encoders.
-          ConfigError: ``ema`` is neither, or an encoder cannot be loaded.
-        """
-        from dit_jax import build
-        from dit_jax.stored import open_stored
-
-        stored = open_stored(path, ema, step)
-        encoders = stored.encoder_config()
-        vae, text_encoder = build.make_vae(encoders), build.make_text_encoder(encoders)
-        stored.check_encoders({"vae": vae.sha256, "text_encoder": text_encoder.sha256})
-        return cls(stored.config, vae, text_encoder, stored.restore(vae.factor), stored.trained)
-
-    def __call__(
-        self,
-        prompts: Sequence[str],
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        seed: int = 0,
-        num_images: int = 1,
-        negative_prompt: str | None = None,
-        sampler: str | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        long_prompt: "LongPrompt" = "truncate",
-        **settings: Any,
-    ) -> list[Image.Image]:
-        """Draw ``num_images`` pictures per prompt, prompt by prompt.
-
-        Args:
-          prompts: captions; longer ones than the text encoder takes are cut with a warning.
-          steps, guidance_scale, sampler, height, width: None takes the run's own (pixels for the last two).
-          seed: of the first picture; picture i has ``seed + i``.
-          negative_prompt: what guidance leads away from; None is the learned null caption.
-          long_prompt: ``truncate`` or ``error``.
-          settings: any other key of ``sample`` in the config, such as ``grid`` or ``guidance_interval``.
-
-        Returns:
-          PIL images, ``len(prompts) * num_images`` of them; prompt, seed and step are in their ``info``.
-
-        Raises:
-          ConfigError: a value that cannot be.
-        """
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        prompts = [prompt for prompt in prompts for _ in range(num_images)]
-        seeds = range(seed, seed + len(prompts))
-        pixels = self.draw(
-            prompts,
-            seeds,
-            negative_prompt,
-            height,
-            width,
-            long_prompt,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            sampler=sampler,
-            **settings,
-        )
-        images = [Image.fromarray(p) for p in pixels]
-        for image, prompt, one_seed in zip(images, prompts, seeds, strict=True):
-            image.info = {"prompt": prompt, "seed": str(one_seed), "step": str(self.trained.step)}
-        return images
-
-    def draw(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        negative_prompt: str | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        long_prompt: "LongPrompt" = "truncate",
-        **settings: Any,
-    ) -> np.ndarray:
-        """Like a call, with one seed per prompt: uint8 ``[len(prompts), height, width, 3]``.
-
-        ``settings`` are keys of ``sample`` in the config; None takes the run's own.
-        """
-        from dit_jax.build import config_errors
-
-        chosen = self._sample_config(settings).sample.to_dict()
-        scale = float(chosen.pop("guidance_scale"))
-        del chosen["prompts"]
-        recipe = Recipe(
-            height=self.config.data.image_size if height is None else height,
-            width=self.config.data.image_size if width is None else width,
-            guided=scale != 1.0,
-            settings=tuple(chosen.items()),
-        )
-        self._check_size(recipe)
-        if not len(prompts):
-            raise ConfigError("there is nothing to draw: no prompts")
-        if min(seeds) < 0 or max(seeds) >= 2**32:
-            raise ConfigError(f"seeds from {min(seeds)} to {max(seeds)}; they must be in [0, 2**32)")
-        if negative_prompt is not None and not recipe.guided:
-            warnings.warn("negative_prompt does nothing at guidance_scale 1", stacklevel=2)
-        with config_errors("prompt"):
-            ids, mask = self.text_encoder.tokenize(list(prompts), long_prompt)
-            negative = None if negative_prompt is None else self.text_encoder([negative_prompt], long_prompt)
-
-        pictures = []
-        for first in range(0, len(prompts), BATCHES[-1]):
-            n = min(BATCHES[-1], len(prompts) - first)
-            B = next(size for size in BATCHES if size >= n)
-            rows = np.minimum(np.arange(first, first + B), len(prompts) - 1)  # the last one fills the batch
-            text = self.text_encoder.encode_ids(ids[rows], mask[rows])
-            pictures.append(self._draw_batch(recipe, text, np.asarray(seeds)[rows], negative, scale)[:n])
-        return np.concatenate(pictures)
-
-    def _sample_config(self, settings: dict[str, Any]) -> ConfigDict:
-        """The run's config with other keys of ``sample``, where they are not None."""
-        from dit_jax.build import config_errors
-
-        config = self.config.copy_and_resolve_references()
-        if unknown := set(settings) - set(config.sample):
-            raise ConfigError(f"unknown {', '.join(sorted(unknown))}; settings are {', '.join(sorted(config.sample))}")
-        with config_errors("sample"):
-            config.sample.update({key: value for key, value in settings.items() if value is not None})
-        check_ranges(config)
-        return config
-
-    def _check_size(self, recipe: "Recipe") -> None:
-        unit = self.vae.factor * self.config.model.patch_size
-        if any(side < unit or side % unit for side in (recipe.height, recipe.width)):
-            size = f"{recipe.height} x {recipe.width}"
-            raise ConfigError(f"a picture of {size}: height and width must be multiples of {unit}")
-
-    def _draw_batch(
-        self, recipe: "Recipe", text: TextStates, seeds: np.ndarray, negative: TextStates | None, scale: float
-    ) -> np.ndarray:
-        """One batch: text states and seeds ``[B]``, negative text of one -> uint8 ``[B, height, width, 3]``."""
-        import jax
-        import jax.numpy as jnp
-
-        if negative is not None:
-            negative = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(seeds), *a.shape[1:])), negative)
-        keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-        latents = self._compiled(recipe)(self.params, keys, text, negative, scale)
-        pixels = np.asarray(self.vae.decode(latents), np.float32)
-        return np.round((pixels + 1.0) * 127.5).astype(np.uint8)
-
-    def _compile(self, recipe: "Recipe") -> Any:
-        """The jitted sampler: parameters, keys ``[B]``, text, negative text and scale -> raw latents."""
-        import jax
-
-        from dit_jax import build
-        from dit_jax.diffusion import guidance, samplers
-
-        h, w = recipe.height // self.vae.factor, recipe.width // self.vae.factor
-        config = self._sample_config(dict(recipe.settings))
-        grid = build.make_grid(config, self._process)
-        sampler = build.make_sampler(config, self._process, grid)
-        correction = build.make_correction(config)
-
-        def draw(params, keys, text, negative, scale):
-            def apply(*args, method):
-                return self._model.apply({"params": params}, *args, method=method)
-
-            def predict(x_t, t, text):
-                return apply(x_t, t, text, False, method="predict")
-
-            if negative is None:
-                negative = apply(len(keys), method="null_text")
-            text, negative = (apply(states, method="prepare_text") for states in (text, negative))
-            segments = [(0, len(grid) - 1, guidance.conditional(predict, self._process, text))]
-            if recipe.guided:
-                guided = guidance.classifier_free(predict, self._process, text, negative, scale, correction)
-                segments = guidance.segments(grid, config.sample.guidance_interval, guided, segments[0][-1])
-            x = samplers.draw_prior(keys, (h, w, self._model.in_channels))
-            x = samplers.run(sampler, keys, x, grid, segments)
-            return self._latents.to_raw(x)
-
-        return jax.jit(draw)
-
-
-class Recipe(NamedTuple):
-    """What one compiled sampler is made for. The guidance scale is its argument, but for 1: that is no guidance.
-
-    ``settings`` are all other keys of ``sample`` in the config, as pairs.
-    """
-
-    height: int
-    width: int
-    guided: bool
-    settings: tuple[tuple[str, Any], ...]
-
-
-def make_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Pictures of one size as a contact sheet, row by row."""
-    width, height = images[0].size
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * width, rows * height), "white")
-    for i, image in enumerate(images):
-        sheet.paste(image, (i % columns * width, i // columns * height))
-    return sheet
-
-
-def save_png(image: Image.Image, path: Path, info: dict[str, str]) -> None:
-    """Write a PNG with text chunks."""
-    chunks = PngInfo()
-    for key, value in info.items():
-        chunks.add_itxt(key, value)
-    image.save(path, pnginfo=chunks)
+__all__ = ["Pipeline", "add_model_flags", "main", "make_grid", "read_prompts"]
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -287,9 +35,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m dit_jax.sample", description=__doc__.split("\n")[0])
     add_model_flags(parser)
     parser.add_argument("--prompt", action="append", default=[], help="may be given more than once")
-    parser.add_argument("--prompts_file", type=path_of, help="one prompt a line")
+    parser.add_argument("--prompts_file", type=path_of, help="one prompt a line; .jsonl: rows of prompt and seed")
     parser.add_argument("--num_images", type=int, default=1, help="per prompt")
-    parser.add_argument("--seed", type=int, default=0, help="picture i has seed + i")
+    parser.add_argument(
+        "--seed", type=int, nargs="+", default=[0], help="one: picture i has seed + i; or one for every picture"
+    )
     parser.add_argument("--steps", type=int, help="default: the run's")
     parser.add_argument("--guidance_scale", type=float, help="1 is off; default: the run's")
     parser.add_argument(
@@ -307,18 +57,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--grid", help="times of the steps: uniform | trailing | karras | shifted; default: the run's")
     parser.add_argument("--height", type=int, help="pixels; default: the run's")
     parser.add_argument("--width", type=int)
-    parser.add_argument("--long_prompt", choices=("truncate", "error"), default="truncate")
-    parser.add_argument("--output", type=path_of, default=Path("pictures"), help="folder for the PNG files")
+    parser.add_argument("--long_prompt", choices=("truncate", "error", "chunk"), default="truncate")
+    parser.add_argument("--init_image", type=path_of, help="a picture to start from")
+    parser.add_argument(
+        "--strength", type=float, help="0 keeps it .. 1 starts from noise; default: the run's, and 1 with --mask"
+    )
+    parser.add_argument("--mask", type=path_of, help="of --init_image: white is drawn anew, black is kept")
+    parser.add_argument("--output", type=path_of, default=Path("pictures"), help="folder of PNG files, or x.npz")
     add_flags(parser)
     args = parser.parse_args(argv)
     run_program(lambda: _draw(args), args.traceback, "draw fewer pictures at a time, or smaller ones")
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not empty.
+class Wish(NamedTuple):
+    """A prompt, and the seed of its first picture where that is its own."""
+
+    prompt: str
+    seed: int | None
+
+
+def read_prompts(path: Path) -> list[Wish]:
+    """The prompts of a text file, one a line, or of a ``.jsonl``; empty lines do not count.
 
     Raises:
-      ConfigError: there is no such file, or it is not UTF-8.
+      ConfigError: there is no such file, it is not UTF-8, or a row of it is wrong.
     """
     if not path.is_file():
         raise ConfigError(f"no prompts file {path}")
@@ -326,48 +88,93 @@ def read_prompts(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"prompts file {path} is not UTF-8: {error}") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if path.suffix != ".jsonl":
+        return [Wish(line, None) for _, line in lines]
+    return [_read_row(line, f"line {number} of {path}") for number, line in lines]
 
 
-def _draw(args: argparse.Namespace) -> None:
-    prompts = list(args.prompt)
+def _read_row(line: str, place: str) -> Wish:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{place} is not JSON: {error}") from error
+    wish = Wish(row.pop("prompt", None), row.pop("seed", None)) if isinstance(row, dict) else Wish("", None)
+    seeded = wish.seed is None or type(wish.seed) is int
+    if row or not isinstance(wish.prompt, str) or not seeded:
+        raise ConfigError(f'{place} must be {{"prompt": TEXT}} or {{"prompt": TEXT, "seed": NUMBER}}, not {line}')
+    return wish
+
+
+def _wishes(args: argparse.Namespace) -> tuple[list[str], list[int]]:
+    """Prompt and seed of every picture."""
+    wishes = [Wish(prompt, None) for prompt in args.prompt]
     if args.prompts_file:
-        prompts += read_prompts(args.prompts_file)
-    if not prompts:
+        wishes += read_prompts(args.prompts_file)
+    if not wishes:
         raise ConfigError("nothing to draw: give --prompt or --prompts_file")
     if args.num_images < 1:
         raise ConfigError(f"--num_images is {args.num_images}; it must be 1 or more")
+    if len(args.seed) > 1 and any(wish.seed is not None for wish in wishes):
+        raise ConfigError(f"{len(args.seed)} seeds, and others in {args.prompts_file}; give one --seed at most")
+    prompts = [wish.prompt for wish in wishes for _ in range(args.num_images)]
+    own = [None if wish.seed is None else wish.seed + j for wish in wishes for j in range(args.num_images)]
+    spread = spread_seeds(args.seed, len(prompts))
+    seeds = [s if mine is None else mine for s, mine in zip(spread, own, strict=True)]
+    check_seeds(seeds)
+    return prompts, seeds
+
+
+def _request(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `Pipeline.draw` beside prompts and seeds."""
+    for flag, path in (("init_image", args.init_image), ("mask", args.mask)):
+        if path is not None and path.resolve().parent == args.output.resolve():
+            raise ConfigError(f"--{flag}={path} lies in --output and could be replaced; choose another --output")
+    flags = ("negative_prompt", "height", "width", "long_prompt", "init_image", "mask", "strength", "steps", "sampler",
+             "guidance_scale", "grid", "guidance_rescale", "apg_parallel", "apg_norm")  # fmt: skip
+    interval = args.guidance_interval and tuple(args.guidance_interval)
+    return {flag: getattr(args, flag) for flag in flags} | {"guidance_interval": interval}
+
+
+def _draw(args: argparse.Namespace) -> None:
+    prompts, seeds = _wishes(args)
+    request = _request(args)
     set_up(args.allow_cpu, args.verbose)
+    from dit_jax.build import config_errors
+    from dit_jax.training.progress import Counter  # after set_up, which decides how jax begins
+
     pipeline = Pipeline.load(args.model, args.ema, args.step)
+    settings = pipeline.identity(**request)
+    if args.long_prompt == "error":
+        with config_errors("prompt"):  # all of them, before hours of work
+            pipeline.text_encoder.tokenize(prompts, args.long_prompt)
+    batches = cut_into_batches(prompts, seeds, settings)
+    step = pipeline.trained.step
+    output: Archive | Folder
     with writable(args.output):
-        args.output.mkdir(parents=True, exist_ok=True)
-    print(f"{args.model}: step {pipeline.trained.step}, {pipeline.trained.parameters} parameters", flush=True)
-    images = pipeline(
-        prompts,
-        steps=args.steps,
-        guidance_scale=args.guidance_scale,
-        seed=args.seed,
-        num_images=args.num_images,
-        negative_prompt=args.negative_prompt,
-        sampler=args.sampler,
-        height=args.height,
-        width=args.width,
-        long_prompt=args.long_prompt,
-        grid=args.grid,
-        guidance_interval=args.guidance_interval and tuple(args.guidance_interval),
-        guidance_rescale=args.guidance_rescale,
-        apg_parallel=args.apg_parallel,
-        apg_norm=args.apg_norm,
-    )
-    for i, image in enumerate(images):
-        path = args.output / f"{i:05d}.png"
+        if args.output.suffix == ".npz":
+            output = Archive(args.output, batches, settings)
+        else:
+            columns = args.num_images if args.num_images > 1 else min(len(prompts), 8)
+            output = Folder(args.output, batches, step, columns)
+    print(f"{args.model}: step {step}, {pipeline.trained.parameters} parameters", flush=True)
+    missing = [batch for batch in batches if not output.has(batch)]
+    left = sum(len(batch.prompts) for batch in missing)
+    if left < len(prompts):
+        print(f"{args.output}: {len(prompts) - left} of {len(prompts)} pictures are there already", flush=True)
+    counter = Counter("drew", "pictures", left, every=0.0)
+    for batch in missing:
+        pixels = pipeline.draw(batch.prompts, batch.seeds, **request)
         with writable(args.output):
-            save_png(image, path, {key: image.info[key] for key in ("prompt", "seed", "step")})
-        print(f"{path}  seed={image.info['seed']}  {image.info['prompt']}")
-    columns = args.num_images if args.num_images > 1 else min(len(images), 8)
+            output.write(batch, pixels)
+        counter.add(len(batch.prompts))
+    counter.close()
+    if isinstance(output, Folder) and len(prompts) <= BATCH:
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            print(f"{output.path(i)}  seed={seed}  {prompt}")
     with writable(args.output):
-        make_grid(images, columns).save(args.output / "grid.png")
-    print(f"{args.output / 'grid.png'}  {len(images)} pictures")
+        line = output.close()
+    print(line)
 
 
 if __name__ == "__main__":

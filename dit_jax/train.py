@@ -33,9 +33,10 @@ from dit_jax.encoders import VAE, TextEncoder
 from dit_jax.errors import ConfigError, FetchError
 from dit_jax.feed import open_feed, open_validation
 from dit_jax.models.flops import peak_flops, training_flops
+from dit_jax.pictures import make_grid, save_png
+from dit_jax.pipeline import Pipeline
 from dit_jax.resolve import resolve
 from dit_jax.runtime import git_commit, writable, write_whole
-from dit_jax.sample import Pipeline, make_grid, save_png
 from dit_jax.sharding import make_mesh, put_batch
 from dit_jax.stored import Trained, begin_from, open_origin
 from dit_jax.training.checkpoint import Checkpoints, Commit, restore_metadata

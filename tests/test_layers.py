@@ -22,7 +22,9 @@ LIBRARIES = {"diffusion", "models", "encoders", "data"}  # layer 1: do not know 
 ROOMS = {"training", "metrics"}  # layer 2
 # layer 4
 PROGRAMS = {"sample", "evaluate", "train", "dry_run", "precompute", "export", "serve", "doctor", "bench", "__main__"}
-BELOW_PROGRAMS = LEAVES | LIBRARIES | ROOMS | {"config", "resolve", "build", "feed", "stored", "runtime"}
+# layer 3
+MIDDLE = {"config", "resolve", "build", "feed", "stored", "canvas", "recipe", "pipeline", "pictures", "runtime"}
+BELOW_PROGRAMS = LEAVES | LIBRARIES | ROOMS | MIDDLE
 
 MAY_IMPORT = {
     "__init__": set(),
@@ -34,9 +36,13 @@ MAY_IMPORT = {
     "build": LEAVES | LIBRARIES | ROOMS | {"resolve"},
     "feed": LEAVES | LIBRARIES | ROOMS | {"config", "build"},  # what runs are fed with
     "stored": LEAVES | ROOMS | {"encoders", "config", "build"},  # trained models on disk
+    "canvas": LEAVES | LIBRARIES,  # what is edited
+    "recipe": LEAVES | {"diffusion", "models", "encoders", "build"},  # one compiled sampler
+    "pipeline": LEAVES | LIBRARIES | {"canvas", "recipe", "config", "resolve", "build", "stored"},  # draws
+    "pictures": LEAVES | {"runtime"},  # the files of what was drawn
     "runtime": LEAVES,  # how programs start and end
     **{program: BELOW_PROGRAMS | {"sample"} for program in PROGRAMS},
-    "train": BELOW_PROGRAMS | {"sample", "evaluate"},
+    "train": BELOW_PROGRAMS | {"evaluate"},
     "main": PROGRAMS | {"config", "runtime"},
 }
 

@@ -1,13 +1,14 @@
 """Drawing: a picture depends on its prompt and seed alone, and the program says what it does."""
 
 import functools
+import json
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from dit_jax import sample
+from dit_jax import pictures, sample
 from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.models.dit import DiT
 from dit_jax.sample import Pipeline
@@ -125,6 +126,7 @@ def test_the_program_writes_pictures_and_a_grid(tiny_run, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "seed=10" in out and str(tmp_path / "out" / "grid.png") in out
     with Image.open(tmp_path / "out" / "00003.png") as image:
+        assert len(image.info.pop("digest")) == 64
         assert image.info == {"prompt": PROMPTS[1], "seed": "8", "step": "20"}
         expected = Pipeline.load(tiny_run)([PROMPTS[1]], seed=8)[0]
         assert np.abs(arrays([image]) - arrays([expected])).max() <= 1
@@ -161,6 +163,13 @@ def test_a_prompt_of_200_words_draws_with_a_warning_or_is_an_error(tiny_run, tmp
         (["--prompt=x", "--seed=-1"], 2, "seeds from -1 to -1; they must be in [0, 2**32)"),
         (["--prompt=x", "--seed=4294967295", "--num_images=2"], 2, "seeds from 4294967295 to 4294967296"),
         (["--prompt=x", "--num_images=0"], 2, "--num_images is 0"),
+        (["--prompt=x", "--num_images=3", "--seed", "1", "2"], 2, "2 seeds for 3 pictures; give one, or as many as"),
+        (["--prompt=x", "--mask=none.png"], 2, "a mask without a picture"),
+        (["--prompt=x", "--init_image=none.png"], 2, "init_image: no picture none.png"),
+        (["--prompt=x", "--init_image=here/broken.png"], 3, "init_image: here/broken.png: not a picture that can be"),
+        (["--prompt=x", "--strength=0.5"], 2, "strength 0.5 is of a picture to start from; there is no init_image"),
+        (["--prompt=x", "--init_image=here/broken.png", "--output=here"], 2, "lies in --output and could be replaced"),
+        (["--prompt=x", "--output=here"], 2, "here holds 00000.png, which no drawing wrote; choose another --output"),
         (
             ["--prompt=x", "--sampler=magic"],
             2,
@@ -172,6 +181,8 @@ def test_mistakes_end_in_one_line(tiny_run, tmp_path, capsys, monkeypatch, flags
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "here").mkdir()
+    for name in ("00000.png", "broken.png"):
+        (tmp_path / "here" / name).write_bytes(b"no picture")
     with pytest.raises(SystemExit) as exit:
         sample.main([f"--model={tiny_run}", *flags])
     error = capsys.readouterr().err
@@ -186,7 +197,7 @@ def test_a_prompts_file_of_another_encoding_ends_in_one_line(tmp_path, capsys):
     error = capsys.readouterr().err
     assert exit.value.code == 2 and f"prompts file {path} is not UTF-8" in error and error.count("\n") == 1
     path.write_text("ein grüner Stern\n", encoding="utf-8-sig")  # as Windows writes it
-    assert sample.read_prompts(path) == ["ein grüner Stern"]
+    assert sample.read_prompts(path) == [("ein grüner Stern", None)]
 
 
 def test_an_output_that_is_no_folder_is_refused_before_anything_is_drawn(tiny_run, tmp_path, capsys, monkeypatch):
@@ -196,3 +207,75 @@ def test_an_output_that_is_no_folder_is_refused_before_anything_is_drawn(tiny_ru
         sample.main([f"--model={tiny_run}", "--prompt=x", f"--output={tmp_path / 'file'}"])
     error = capsys.readouterr().err
     assert exit.value.code == 8 and f"cannot write to {tmp_path / 'file'}" in error and error.count("\n") == 1
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["out", "x.npz"])
+def test_a_killed_command_goes_on_where_it_stopped(tiny_run, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr(pictures, "BATCH", 2)
+    rows = [{"prompt": PROMPTS[0]}, {"prompt": PROMPTS[1], "seed": 70}, {"prompt": PROMPTS[2]}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [f"--model={tiny_run}", f"--prompts_file={tmp_path / 'prompts.jsonl'}", "--steps=2", "--seed=5"]
+    (tmp_path / "whole").mkdir()
+    sample.main([*flags, f"--output={tmp_path / 'whole' / name}"])
+    out = capsys.readouterr().out
+    assert name == "x.npz" or [line.split()[1] for line in out.splitlines() if "seed=" in line] == [
+        "seed=5", "seed=70", "seed=7"]  # fmt: skip
+    draw, calls = Pipeline.draw, []
+
+    def draw_once(self, *args, **settings):
+        calls.append(args[0])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return draw(self, *args, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "draw", draw_once)
+        patch.setattr(sample, "run_program", lambda main, *_: main())
+        with pytest.raises(KeyboardInterrupt):
+            sample.main([*flags, f"--output={tmp_path / 'again' / name}"])
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "draw", lambda self, *args, **settings: calls.append(args[0]) or draw(
+            self, *args, **settings))  # fmt: skip
+        sample.main([*flags, f"--output={tmp_path / 'again' / name}"])
+    assert calls == [PROMPTS[:2], PROMPTS[2:], PROMPTS[2:]]
+    assert "2 of 3 pictures are there already" in capsys.readouterr().out
+    ours, theirs = tmp_path / "again", tmp_path / "whole"
+    assert contents(ours / name if name == "out" else ours) == contents(theirs / name if name == "out" else theirs)
+
+
+def test_prompts_of_a_jsonl_file(tmp_path, capsys):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n\n{"prompt": "b", "seed": 3}\n')
+    assert sample.read_prompts(path) == [("a", None), ("b", 3)]
+    for line in ("[1]", '{"seed": 3}', '{"prompt": "a", "seed": "3"}', '{"prompt": "a", "negative_prompt": "b"}', "{"):
+        path.write_text('{"prompt": "a"}\n' + line)
+        with pytest.raises(ConfigError, match=f"line 2 of {path} (must be|is not JSON)"):
+            sample.read_prompts(path)
+    path.write_text('{"prompt": "a", "seed": 3}')
+    with pytest.raises(SystemExit) as exit:
+        sample.main(["--model=nowhere", f"--prompts_file={path}", "--num_images=2", "--seed", "1", "2"])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and "2 seeds, and others in" in error and error.count("\n") == 1
+
+
+def test_an_edit_by_flags_is_that_of_the_pipeline(tiny_run, tmp_path):
+    picture = np.full((64, 64, 3), 90, np.uint8)
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    mask = np.zeros((64, 64), bool)
+    mask[:32] = True
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    sample.main([
+        f"--model={tiny_run}", f"--prompt={PROMPTS[0]}", "--seed", "8", "4", "--num_images=2", "--steps=4",
+        f"--init_image={tmp_path / 'picture.png'}", f"--mask={tmp_path / 'mask.png'}", "--strength=0.5",
+        f"--output={tmp_path / 'out'}",
+    ])  # fmt: skip
+    expected = Pipeline.load(tiny_run)(
+        [PROMPTS[0]], seed=[8, 4], num_images=2, steps=4, init_image=picture, mask=mask, strength=0.5
+    )
+    drawn = [Image.open(tmp_path / "out" / f"0000{i}.png") for i in range(2)]
+    np.testing.assert_array_equal(arrays(drawn), arrays(expected))

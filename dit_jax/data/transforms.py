@@ -42,7 +42,7 @@ def decode(content: bytes) -> np.ndarray:
         ``PIL.Image.MAX_IMAGE_PIXELS`` (a decompression bomb).
     """
     with _opened(content) as image:
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(ImageOps.exif_transpose(image))
 
 
 def picture_size(content: bytes) -> tuple[int, int]:
@@ -90,8 +90,12 @@ def _check_size(width: int, height: int) -> None:
         raise PictureError(f"too many pixels: {width}x{height}, limit {limit} (a decompression bomb?)")
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    """Converts any mode of Pillow's to uint8 RGB."""
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """Converts any mode of Pillow's to uint8 RGB ``[height, width, 3]``, transparency laid on white.
+
+    Raises:
+      PictureError: floating-point pixels, whose range is not known.
+    """
     if image.mode.startswith("I"):  # 16-bit grey; 16-bit RGB reaches us as 8-bit, by the same shift
         grey = (np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
@@ -118,6 +122,16 @@ def cut(image: np.ndarray, height: int, width: int, across: float, down: float) 
     Returns:
       uint8 ``[height, width, 3]``.
     """
+    rectangle = crop(image, height, width, across, down)
+    if rectangle.shape[:2] == (height, width):
+        return rectangle
+    # Lanczos is antialiased; a gap of 3 lets Pillow average whole pixels first where a photo shrinks a lot.
+    resized = Image.fromarray(rectangle).resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return np.array(resized)
+
+
+def crop(image: np.ndarray, height: int, width: int, across: float, down: float) -> np.ndarray:
+    """The rectangle that `cut` takes, before it is resized: ``[tall, wide, ...]`` of any dtype -> a smaller one."""
     tall, wide = image.shape[:2]
     if tall * width <= wide * height:  # too wide, or just right
         rows, columns = tall, _rounded(tall * width, height)
@@ -125,12 +139,7 @@ def cut(image: np.ndarray, height: int, width: int, across: float, down: float) 
         rows, columns = _rounded(wide * height, width), wide
     left = int(across * (wide - columns + 1))
     top = int(down * (tall - rows + 1))
-    rectangle = np.ascontiguousarray(image[top : top + rows, left : left + columns])
-    if (rows, columns) == (height, width):
-        return rectangle
-    # Lanczos is antialiased; a gap of 3 lets Pillow average whole pixels first where a photo shrinks a lot.
-    resized = Image.fromarray(rectangle).resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return np.array(resized)
+    return np.ascontiguousarray(image[top : top + rows, left : left + columns])
 
 
 def _rounded(numerator: int, denominator: int) -> int:

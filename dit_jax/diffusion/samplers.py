@@ -207,10 +207,11 @@ def run(
     Args:
       sampler: one step of the method.
       keys: one random key per image, ``[B]``; step k of image i draws from ``fold_in(keys[i], k)``.
-      x_start: x at ``grid[0]``, ``[B, h, w, C]``.
+      x_start: x where the first segment begins, usually at ``grid[0]``, ``[B, h, w, C]``.
       grid: falling times ``[steps + 1]``.
       segments: ``(first, last, denoise)``: steps first <= k < last use this denoise. Static; together they
-        cover the steps in order. Each becomes one scan, so that what one segment leaves out costs nothing.
+        cover the steps in order, from where the first begins: a run may enter its grid late, and without segments
+        it is at the end. Each becomes one scan, so that what one segment leaves out costs nothing.
 
     Returns:
       x at the end of the grid, float32 ``[B, h, w, C]``.
@@ -219,7 +220,8 @@ def run(
       ValueError: the segments do not cover the steps in order.
     """
     steps = len(grid) - 1
-    if [k for first, last, _ in segments for k in range(first, last)] != list(range(steps)):
+    begin = segments[0][0] if segments else steps
+    if [k for first, last, _ in segments for k in range(first, last)] != list(range(begin, steps)):
         bounds = [(first, last) for first, last, _ in segments]
         raise ValueError(f"segments {bounds} must cover each of the grid's {steps} steps once, in order")
 

@@ -158,11 +158,11 @@ class TextEncoder:
         _copy(self.files, folder)
 
     def __call__(self, texts: Sequence[str], long_prompt: LongPrompt = "truncate") -> TextStates:
-        """Text states of captions; what is too long is cut as ``tokenize`` says."""
+        """Text states of captions; what is too long is treated as ``tokenize`` says."""
         return self.encode_ids(*self.tokenize(texts, long_prompt))
 
     def tokenize(self, texts: Sequence[str], long_prompt: LongPrompt = "truncate") -> tuple[np.ndarray, np.ndarray]:
-        """Token ids int32 ``[B, S]`` and mask bool ``[B, S]`` of captions.
+        """Token ids int32 ``[B, S]`` and mask bool ``[B, S]`` of captions, with ``chunk`` ``[B, pieces * S]``.
 
         Raises:
           ValueError: a caption is too long and ``long_prompt`` is ``error`` (``truncate`` cuts and warns).
@@ -172,9 +172,12 @@ class TextEncoder:
     def encode_ids(self, ids: Array, mask: Array) -> TextStates:
         """Text states of tokenized captions.
 
+        Captions in pieces are encoded piece by piece, so that the first piece of each is what it is alone. Hidden
+        states and masks of the pieces stand side by side; ``pooled`` is the mean over the pieces that a caption has.
+
         Args:
-          ids: int32 ``[B, S]``.
-          mask: bool ``[B, S]``, true from BOS to EOS.
+          ids: int32 ``[B, S]``, or ``[B, pieces * S]``.
+          mask: bool, likewise, true from BOS to EOS of a piece.
 
         Returns:
           float32 states on the device; ``hidden`` is zero where the mask is false.
@@ -182,12 +185,27 @@ class TextEncoder:
         Raises:
           ValueError: the arrays have other shapes.
         """
-        if np.ndim(ids) != 2 or ids.shape[1] != self.length or np.shape(mask) != ids.shape or not len(ids):
+        pieces = ids.shape[1] // self.length if np.ndim(ids) == 2 else 0
+        if not pieces or ids.shape[1] % self.length or np.shape(mask) != ids.shape or not len(ids):
             raise ValueError(
-                f"expected ids and mask [B, {self.length}] of at least one caption, "
-                f"got {np.shape(ids)} and {np.shape(mask)}"
+                f"expected ids and mask [B, {self.length}] of at least one caption, or of some in pieces of as many,"
+                f" got {np.shape(ids)} and {np.shape(mask)}"
             )
-        return _in_chunks(self._encode, self.params, (ids, mask), CHUNK_CAPTIONS)
+        if pieces == 1:
+            return _in_chunks(self._encode, self.params, (ids, mask), CHUNK_CAPTIONS)
+        cuts = [slice(k * self.length, (k + 1) * self.length) for k in range(pieces)]
+        arrays = [(ids[:, cut], mask[:, cut]) for cut in cuts]
+        return _side_by_side([_in_chunks(self._encode, self.params, pair, CHUNK_CAPTIONS) for pair in arrays])
+
+
+@jax.jit
+def _side_by_side(pieces: Sequence[TextStates]) -> TextStates:
+    """The states of captions from those of their pieces; a piece without a token is none."""
+    hidden, pooled, mask = (jnp.stack(leaves) for leaves in zip(*pieces, strict=True))  # [pieces, B, ...]
+    there = mask.any(2)[:, :, None]
+    mean = jnp.where(there, pooled, 0.0).sum(0) / there.sum(0)
+    joined = [jnp.concatenate(list(leaf), axis=1) for leaf in (jnp.where(mask[..., None], hidden, 0.0), mask)]
+    return TextStates(joined[0], mean, joined[1])
 
 
 def load_vae(path: str | Path, dtype: DTypeLike = jnp.float32) -> VAE:

@@ -2,7 +2,8 @@
 
     [BOS, token, ..., token, EOS, PAD, ..., PAD]      S ids; the mask is true from BOS to EOS
 
-A caption of more than S - 2 tokens is cut, never in silence: a warning shows the words that were lost.
+A caption of more than S - 2 tokens is cut, never in silence: a warning shows the words that were lost. Or it is read
+in pieces, each S ids long and between a BOS and an EOS of its own, which stand side by side: ``[B, pieces * S]``.
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-LongPrompt = Literal["truncate", "error"]
+LongPrompt = Literal["truncate", "error", "chunk"]
 
 # Of a tokenizer's folder, what decides which ids a caption gets.
 FILES = (
@@ -63,10 +64,12 @@ class Tokenizer:
         Args:
           texts: B captions; "" is a caption of no tokens.
           long_prompt: what to do with a caption that is too long: ``truncate`` it with a warning that
-            shows the words cut off, or make it an ``error``.
+            shows the words cut off, make it an ``error``, or ``chunk`` it into pieces of S - 2 tokens,
+            with a warning.
 
         Returns:
-          ids int32 ``[B, S]`` and mask bool ``[B, S]``.
+          ids int32 ``[B, S]`` and mask bool ``[B, S]``; with ``chunk`` S times the pieces of the longest caption.
+          Pieces that a shorter caption does not have are padding.
 
         Raises:
           ValueError: a caption is too long and ``long_prompt`` is ``error``, or has another value.
@@ -75,22 +78,33 @@ class Tokenizer:
             raise ValueError(f"long_prompt={long_prompt!r}; valid: {', '.join(get_args(LongPrompt))}")
         if isinstance(texts, str):
             raise ValueError(f"expected a list of captions, got the single string {texts!r}")
-        ids = np.full((len(texts), self.length), self._tokenizer.pad_token_id, np.int32)
-        mask = np.zeros((len(texts), self.length), bool)
         room = self.length - 2
+        found = self._split(texts)
+        longest = max((len(tokens) for tokens, _ in found), default=0)
+        pieces = max(1, -(-longest // room)) if long_prompt == "chunk" else 1
+        ids = np.full((len(texts), pieces, self.length), self._tokenizer.pad_token_id, np.int32)
+        mask = np.zeros(ids.shape, bool)
         cut = []
-        for i, (text, (tokens, offsets)) in enumerate(zip(texts, self._split(texts), strict=True)):
-            if len(tokens) > room:
+        for i, (text, (tokens, offsets)) in enumerate(zip(texts, found, strict=True)):
+            if len(tokens) > pieces * room:
                 cut.append((len(tokens) + 2, _words_from(text, offsets[room][0])))
-            row = [self._tokenizer.bos_token_id, *tokens[:room], self._tokenizer.eos_token_id]
-            ids[i, : len(row)] = row
-            mask[i, : len(row)] = True
+            for piece, first in enumerate(range(0, max(len(tokens), 1), room)[:pieces]):
+                row = [self._tokenizer.bos_token_id, *tokens[first : first + room], self._tokenizer.eos_token_id]
+                ids[i, piece, : len(row)] = row
+                mask[i, piece, : len(row)] = True
         if cut:
             message = self._long_message(cut, len(texts))
             if long_prompt == "error":
                 raise ValueError(message)
             warnings.warn(message, stacklevel=2)
-        return ids, mask
+        if pieces > 1:
+            count = int(mask[:, 1].any(1).sum())
+            told = (
+                f"{count} of {len(texts)} captions are longer than {self.length} tokens: read in pieces, up to {pieces}"
+            )
+            warnings.warn(f"{told}; training never showed more than one", stacklevel=2)
+        shape = (len(texts), pieces * self.length)
+        return ids.reshape(shape), mask.reshape(shape)
 
     def count(self, texts: Sequence[str]) -> np.ndarray:
         """How many tokens captions have, BOS and EOS included, before any is cut: int64 ``[B]``."""

@@ -68,10 +68,30 @@ def test_captions_in_states_out(text: frozen.TextEncoder):
     np.testing.assert_allclose(alone.pooled[0], states.pooled[2], atol=1e-5)
 
 
+@pytest.mark.filterwarnings("default:.*longer than:UserWarning")
+@pytest.mark.parametrize("folder", ["text_sdxl2", golden.JOINED])
+def test_captions_in_pieces_are_their_pieces_side_by_side(folder: str):
+    text = load_text_encoder(GOLDEN / folder)
+    S = text.length
+    words = ["a", "b", "cat", "d"] * 7  # 28: two whole pieces of 10 tokens and one of 8
+    states = text(["b c d", " ".join(words)], "chunk")
+    assert states.hidden.shape == (2, 3 * S, text.width) and states.mask.shape == (2, 3 * S)
+    short = text(["b c d", "a"])  # in a batch of as many
+    np.testing.assert_array_equal(states.hidden[0, :S], short.hidden[0])
+    np.testing.assert_array_equal(states.pooled[0], short.pooled[0])
+    assert not np.asarray(states.mask)[0, S:].any() and not np.asarray(states.hidden)[0, S:].any()
+    pieces = text([" ".join(words[k : k + 10]) for k in (0, 10, 20)])
+    np.testing.assert_allclose(states.hidden[1], np.concatenate(list(pieces.hidden)), atol=1e-5)
+    np.testing.assert_array_equal(states.mask[1], np.concatenate(list(pieces.mask)))
+    np.testing.assert_allclose(states.pooled[1], np.mean(pieces.pooled, 0), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("default:.*longer than:UserWarning")
 def test_no_hidden_transfers(vae: frozen.VAE, text: frozen.TextEncoder):
     with jax.transfer_guard("disallow"):
         vae.decode(vae.encode(pictures(3))[0])
         text(["a", "cat", "b"])
+        text(["a", "cat " * 30], "chunk")
 
 
 def test_the_tokenizer_may_lie_beside_the_encoder(tmp_path: Path, text: frozen.TextEncoder):

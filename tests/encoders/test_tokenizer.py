@@ -62,8 +62,30 @@ def test_many_long_captions_are_one_warning(tokenizer: Tokenizer):
 def test_a_long_caption_can_be_an_error(tokenizer: Tokenizer):
     with pytest.raises(ValueError, match="1 of 1 captions .* cut off: 'b b b'"):
         tokenizer(["a " * 10 + "b b b"], "error")
-    with pytest.raises(ValueError, match="long_prompt='chunk'; valid: truncate, error"):
-        tokenizer(["a"], "chunk")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="long_prompt='cut'; valid: truncate, error, chunk"):
+        tokenizer(["a"], "cut")  # type: ignore[arg-type]
+
+
+def test_a_long_caption_can_be_read_in_pieces(tokenizer: Tokenizer):
+    S, words = golden.TEXT_LENGTH, {word: i for i, word in enumerate(golden.WORDS)}
+    a, b = words["a</w>"], words["b</w>"]
+    with pytest.warns(UserWarning, match="1 of 3 captions are longer than 12 tokens: read in pieces, up to 3"):
+        ids, mask = tokenizer(["a " * 20 + "b", "", "b b"], "chunk")
+    assert ids.shape == mask.shape == (3, 3 * S)
+    begin, end = golden.BOS, golden.EOS
+    assert ids[0][mask[0]].tolist() == [begin, *[a] * 10, end, begin, *[a] * 10, end, begin, b, end]
+    np.testing.assert_array_equal(mask[0], np.arange(3 * S) < 2 * S + 3)
+    for row, text in ((1, ""), (2, "b b")):
+        alone, real = tokenizer([text])
+        np.testing.assert_array_equal(ids[row, :S], alone[0])
+        np.testing.assert_array_equal(mask[row, :S], real[0])
+        assert not mask[row, S:].any()
+
+
+def test_captions_that_fit_are_one_piece(tokenizer: Tokenizer):
+    for found, expected in zip(tokenizer(["a " * 10, ""], "chunk"), tokenizer(["a " * 10, ""]), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert tokenizer([], "chunk")[0].shape == (0, golden.TEXT_LENGTH)
 
 
 def test_one_string_is_not_a_list_of_captions(tokenizer: Tokenizer):
