@@ -30,9 +30,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dit_jax.drawing.pictures import make_grid, save_png
+from dit_jax.drawing.pipeline import Pipeline
 from dit_jax.errors import CheckpointError, ConfigError
-from dit_jax.pictures import make_grid, save_png
-from dit_jax.pipeline import Pipeline
 from dit_jax.runtime import add_flags, path_of, run_program, set_up, writable
 from dit_jax.sample import add_model_flags
 

@@ -29,12 +29,12 @@ import dit_jax
 from dit_jax import build
 from dit_jax.config import is_export, take_over, to_json
 from dit_jax.data.ahead import ahead
+from dit_jax.drawing.pictures import make_grid, save_png
+from dit_jax.drawing.pipeline import Pipeline
 from dit_jax.encoders import VAE, TextEncoder
 from dit_jax.errors import ConfigError, FetchError
 from dit_jax.feed import open_feed, open_validation
 from dit_jax.models.flops import peak_flops, training_flops
-from dit_jax.pictures import make_grid, save_png
-from dit_jax.pipeline import Pipeline
 from dit_jax.resolve import resolve
 from dit_jax.runtime import git_commit, writable, write_whole
 from dit_jax.sharding import make_mesh, put_batch

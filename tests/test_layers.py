@@ -23,7 +23,7 @@ ROOMS = {"training", "metrics"}  # layer 2
 # layer 4
 PROGRAMS = {"sample", "evaluate", "train", "dry_run", "precompute", "export", "serve", "doctor", "bench", "__main__"}
 # layer 3
-MIDDLE = {"config", "resolve", "build", "feed", "stored", "canvas", "recipe", "pipeline", "pictures", "runtime"}
+MIDDLE = {"config", "resolve", "build", "feed", "stored", "drawing", "runtime"}
 BELOW_PROGRAMS = LEAVES | LIBRARIES | ROOMS | MIDDLE
 
 MAY_IMPORT = {
@@ -36,10 +36,7 @@ MAY_IMPORT = {
     "build": LEAVES | LIBRARIES | ROOMS | {"resolve"},
     "feed": LEAVES | LIBRARIES | ROOMS | {"config", "build"},  # what runs are fed with
     "stored": LEAVES | ROOMS | {"encoders", "config", "build"},  # trained models on disk
-    "canvas": LEAVES | LIBRARIES,  # what is edited
-    "recipe": LEAVES | {"diffusion", "models", "encoders", "build"},  # one compiled sampler
-    "pipeline": LEAVES | LIBRARIES | {"canvas", "recipe", "config", "resolve", "build", "stored"},  # draws
-    "pictures": LEAVES | {"runtime"},  # the files of what was drawn
+    "drawing": LEAVES | LIBRARIES | {"config", "resolve", "build", "stored", "runtime"},  # prompts in, pictures out
     "runtime": LEAVES,  # how programs start and end
     **{program: BELOW_PROGRAMS | {"sample"} for program in PROGRAMS},
     "train": BELOW_PROGRAMS | {"evaluate"},

@@ -69,7 +69,7 @@ def keep_known(denoise: Denoise, process: Process, known: Array, keep: Array) ->
     def inpaint(x_t: Array, t: Array) -> Targets:
         targets = denoise(x_t, t)
         x0 = paste(targets.x0, known, keep)
-        return process.from_x0(x0, x_t, t)._replace(log_variance=targets.log_variance)
+        return process.from_x0(x0, x_t, t)._replace(variance=targets.variance)
 
     return inpaint
 

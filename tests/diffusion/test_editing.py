@@ -133,11 +133,11 @@ def test_all_targets_follow_the_known_picture_where_it_is_kept(process):
 
 def test_a_predicted_variance_passes_through():
     def denoise(x_t, t):
-        return wavy(CURVED)(x_t, t)._replace(log_variance=x_t)
+        return wavy(CURVED)(x_t, t)._replace(variance=x_t)
 
     x = samplers.draw_prior(KEYS, SHAPE)
     found = editing.keep_known(denoise, CURVED, KNOWN, KEEP)(x, jnp.full(3, 0.5))
-    np.testing.assert_array_equal(found.log_variance, x)
+    np.testing.assert_array_equal(found.variance, x)
 
 
 def test_the_network_sees_the_kept_part_beside_the_one_it_draws():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dit_jax.drawing.pipeline import Pipeline
 from dit_jax.errors import ConfigError, DataError
-from dit_jax.pipeline import Pipeline
 
 RED, BLUE = "a large red circle", "a small blue square"
 LONG = " ".join(["a large red circle above a small blue square"] * 8)  # two pieces and a bit

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from dit_jax import pictures
+from dit_jax.drawing.pictures import Archive, Folder, cut_into_batches
 from dit_jax.errors import ConfigError
-from dit_jax.pictures import Archive, Folder, cut_into_batches
 
 PROMPTS = ["a", "b", "ein grüner\nStern", "d", "e"]
 SETTINGS = {"steps": 4}

@@ -21,11 +21,11 @@ from dit_jax.errors import ConfigError
 from dit_jax.resolve import check_ranges
 
 if TYPE_CHECKING:
-    from dit_jax.canvas import Canvas, Known
     from dit_jax.data.given import Given
+    from dit_jax.drawing.canvas import Canvas, Known
+    from dit_jax.drawing.plan import Plan
     from dit_jax.encoders import VAE, TextEncoder
     from dit_jax.encoders.tokenizer import LongPrompt
-    from dit_jax.recipe import Recipe
     from dit_jax.stored import Trained
 
 BATCHES = (1, 4, 16, 64)  # compiled batch sizes: a call is cut into the largest and padded to the smallest that fits
@@ -157,19 +157,19 @@ class Pipeline:
         ``settings`` are keys of ``sample`` in the config; None takes the run's own.
         """
         from dit_jax.build import config_errors
-        from dit_jax.canvas import read_canvas
+        from dit_jax.drawing.canvas import read_canvas
 
         canvas = read_canvas(init_image, mask)
-        recipe, scale = self._recipe(height, width, canvas, settings)
+        plan, scale = self._plan(height, width, canvas, settings)
         if not len(prompts):
             raise ConfigError("there is nothing to draw: no prompts")
         check_seeds(seeds)
-        if negative_prompt is not None and not recipe.guided:
+        if negative_prompt is not None and not plan.guided:
             warnings.warn("negative_prompt does nothing at guidance_scale 1", stacklevel=2)
         with config_errors("prompt"):
             ids, real = self.text_encoder.tokenize(list(prompts), long_prompt)
             negative = None if negative_prompt is None else self.text_encoder([negative_prompt], long_prompt)
-        known = canvas.latents(self.vae, recipe.height, recipe.width) if canvas and recipe.edited else None
+        known = canvas.latents(self.vae, plan.height, plan.width) if canvas and plan.edited else None
 
         pictures = []
         for first in range(0, len(prompts), BATCHES[-1]):
@@ -177,7 +177,7 @@ class Pipeline:
             B = next(size for size in BATCHES if size >= n)
             rows = np.minimum(np.arange(first, first + B), len(prompts) - 1)  # the last one fills the batch
             text = self.text_encoder.encode_ids(ids[rows], real[rows])
-            pictures.append(self._draw_batch(recipe, text, np.asarray(seeds)[rows], negative, scale, known)[:n])
+            pictures.append(self._draw_batch(plan, text, np.asarray(seeds)[rows], negative, scale, known)[:n])
         return np.concatenate(pictures)
 
     def identity(
@@ -194,29 +194,29 @@ class Pipeline:
 
         Raises as `draw` does where one of the arguments cannot be.
         """
-        from dit_jax.canvas import read_canvas
+        from dit_jax.drawing.canvas import read_canvas
 
         canvas = read_canvas(init_image, mask)
-        recipe, scale = self._recipe(height, width, canvas, settings)
+        plan, scale = self._plan(height, width, canvas, settings)
         return {
             "model": {
                 "config": {key: value for key, value in flatten(self.config).items() if key not in CHANGEABLE},
                 **asdict(self.trained),
             },
-            "sample": {**dict(recipe.settings), "guidance_scale": scale, "first_step": recipe.first_step},
-            "height": recipe.height,
-            "width": recipe.width,
+            "sample": {**dict(plan.settings), "guidance_scale": scale, "first_step": plan.first_step},
+            "height": plan.height,
+            "width": plan.width,
             "negative_prompt": negative_prompt,
             "long_prompt": long_prompt,
-            "canvas": canvas.sha256() if canvas and recipe.edited else None,
+            "canvas": canvas.sha256() if canvas and plan.edited else None,
         }
 
-    def _recipe(
+    def _plan(
         self, height: int | None, width: int | None, canvas: "Canvas | None", settings: dict[str, Any]
-    ) -> tuple["Recipe", float]:
+    ) -> tuple["Plan", float]:
         """What to compile, and the guidance scale."""
         from dit_jax.diffusion.editing import first_step
-        from dit_jax.recipe import Recipe
+        from dit_jax.drawing.plan import Plan
 
         chosen = self._sample_config(settings).sample.to_dict()
         scale = float(chosen.pop("guidance_scale"))
@@ -228,7 +228,7 @@ class Pipeline:
             strength = 1.0
         elif canvas.redraw is not None and settings.get("strength") is None:
             strength = 1.0
-        recipe = Recipe(
+        plan = Plan(
             height=self.config.data.image_size if height is None else height,
             width=self.config.data.image_size if width is None else width,
             guided=scale != 1.0,
@@ -236,8 +236,8 @@ class Pipeline:
             masked=canvas is not None and canvas.redraw is not None,
             settings=tuple(chosen.items()),
         )
-        self._check_size(recipe)
-        return recipe, scale
+        self._check_size(plan)
+        return plan, scale
 
     def _sample_config(self, settings: dict[str, Any]) -> ConfigDict:
         """The run's config with other keys of ``sample``, where they are not None."""
@@ -251,15 +251,15 @@ class Pipeline:
         check_ranges(config)
         return config
 
-    def _check_size(self, recipe: "Recipe") -> None:
+    def _check_size(self, plan: "Plan") -> None:
         unit = self.vae.factor * self.config.model.patch_size
-        if any(side < unit or side % unit for side in (recipe.height, recipe.width)):
-            size = f"{recipe.height} x {recipe.width}"
+        if any(side < unit or side % unit for side in (plan.height, plan.width)):
+            size = f"{plan.height} x {plan.width}"
             raise ConfigError(f"a picture of {size}: height and width must be multiples of {unit}")
 
     def _draw_batch(
         self,
-        recipe: "Recipe",
+        plan: "Plan",
         text: TextStates,
         seeds: np.ndarray,
         negative: TextStates | None,
@@ -273,15 +273,15 @@ class Pipeline:
         if negative is not None:
             negative = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(seeds), *a.shape[1:])), negative)
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-        latents = self._compiled(recipe)(self.params, keys, text, negative, scale, known)
+        latents = self._compiled(plan)(self.params, keys, text, negative, scale, known)
         pixels = np.asarray(self.vae.decode(latents), np.float32)
         return np.round((pixels + 1.0) * 127.5).astype(np.uint8)
 
-    def _compile(self, recipe: "Recipe") -> Any:
-        from dit_jax.recipe import compile_sampler
+    def _compile(self, plan: "Plan") -> Any:
+        from dit_jax.drawing.plan import compile_sampler
 
-        config = self._sample_config(dict(recipe.settings))
-        return compile_sampler(recipe, config, self._model, self._process, self._latents, self.vae.factor)
+        config = self._sample_config(dict(plan.settings))
+        return compile_sampler(plan, config, self._model, self._process, self._latents, self.vae.factor)
 
 
 def spread_seeds(seed: int | Sequence[int], count: int) -> Sequence[int]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dit_jax.models.dit import DiT
 
 
-class Recipe(NamedTuple):
+class Plan(NamedTuple):
     """What one compiled sampler is made for. The guidance scale is its argument, but for 1: that is no guidance.
 
     ``first_step`` is where the grid is entered, ``masked`` whether a part of a picture is kept; ``settings`` are all
@@ -37,18 +37,18 @@ class Recipe(NamedTuple):
 
 
 def compile_sampler(
-    recipe: Recipe, config: ConfigDict, model: "DiT", process: "Process", latents: "LatentScale", factor: int
+    plan: Plan, config: ConfigDict, model: "DiT", process: "Process", latents: "LatentScale", factor: int
 ) -> Any:
-    """The jitted sampler of a recipe; ``config`` is the run's with the recipe's settings, ``factor`` that of the VAE.
+    """The jitted sampler of a plan; ``config`` is the run's with the plan's settings, ``factor`` that of the VAE.
 
     Returns:
       Parameters, keys ``[B]``, text states of B captions, those to guide away from (None: the null caption), guidance
-      scale, and what is known of the picture that is edited (`dit_jax.canvas.Known` or None) -> raw latents
+      scale, and what is known of the picture that is edited (`dit_jax.drawing.canvas.Known` or None) -> raw latents
       ``[B, h, w, C]``.
     """
-    h, w = recipe.height // factor, recipe.width // factor
+    h, w = plan.height // factor, plan.width // factor
     grid = build.make_grid(config, process)
-    sampler = build.make_sampler(config, process, grid[recipe.first_step :])
+    sampler = build.make_sampler(config, process, grid[plan.first_step :])
     correction = build.make_correction(config)
 
     def draw(params, keys, text, negative, scale, known):
@@ -62,20 +62,20 @@ def compile_sampler(
             negative = apply(len(keys), method="null_text")
         text, negative = (apply(states, method="prepare_text") for states in as_long(text, negative))
         segments = [(0, len(grid) - 1, guidance.conditional(predict, process, text))]
-        if recipe.guided:
+        if plan.guided:
             guided = guidance.classifier_free(predict, process, text, negative, scale, correction)
             segments = guidance.segments(grid, config.sample.guidance_interval, guided, segments[0][-1])
         x = samplers.draw_prior(keys, (h, w, model.in_channels))
         if known is not None:
             x0 = latents.to_model(known.mean)
-            x = editing.start(process, x0, x, grid, recipe.first_step)
-            segments = editing.from_step(segments, recipe.first_step)
-        if recipe.masked:
+            x = editing.start(process, x0, x, grid, plan.first_step)
+            segments = editing.from_step(segments, plan.first_step)
+        if plan.masked:
             segments = [
                 (first, last, editing.keep_known(denoise, process, x0, known.keep)) for first, last, denoise in segments
             ]
         x = samplers.run(sampler, keys, x, grid, segments)
-        if recipe.masked:
+        if plan.masked:
             x = editing.paste(x, x0, known.keep)
         return latents.to_raw(x)
 
