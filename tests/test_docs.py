@@ -29,8 +29,8 @@ from tests import test_layers
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "dit_jax"
 TWINS = {"README.md": "README.zh-CN.md", "docs/architecture.md": "docs/zh/模型架构.md"}
-DOCUMENTS = [*TWINS, *TWINS.values(), "docs/data.md", "docs/sampling.md", "docs/validation.md"]
-SOURCES = [*PACKAGE.rglob("*.py"), *(REPOSITORY / "configs").glob("*.py")]
+DOCUMENTS = [*TWINS, *TWINS.values(), "docs/data.md", "docs/sampling.md", "docs/validation.md", "docs/recipes.md"]
+SOURCES = [*PACKAGE.rglob("*.py"), *(REPOSITORY / "configs").rglob("*.py")]
 KEYS = flatten(default.get_config())
 SECTIONS = "|".join({key.split(".")[0] for key in KEYS if "." in key})
 FOLDERS = "|".join(
@@ -124,13 +124,13 @@ def test_commands_name_programs_flags_keys_and_configs_that_exist(document):
                     assert flag.removeprefix("config.") in KEYS, command
                 else:
                     assert re.search(rf"--{flag}\b", help_of(program[1])), command
-        for file in re.findall(r"(?:configs|launch|tools)/\w+\.\w+", command):
+        for file in re.findall(r"(?:configs|launch|tools)/[\w/]+\.\w+", command):
             assert (REPOSITORY / file).is_file(), command
 
 
 @each_document
 def test_names_in_backticks_exist(document):
-    words = words_of_sources() | {path.name for path in (REPOSITORY / "configs").glob("*.py")}
+    words = words_of_sources() | {path.name for path in (REPOSITORY / "configs").rglob("*.py")}
     flags = '"--help"' + "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
     for name in set(TICKS.findall(FENCE.sub("", read(document)))):
         for flag in FLAG.findall(name):
