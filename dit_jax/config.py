@@ -51,6 +51,7 @@ ADDED = {
     "sample.apg_norm": 0.0,
     "sample.strength": 0.6,
 }
+WORDS = ("sample.prompts",)  # tuples that hold text; all others hold numbers
 TRAINED = "trained"  # what the config.json of an export says beside the config: see dit_jax.stored
 
 # What a run that is resumed may change; every other key must be what it was.
@@ -236,7 +237,8 @@ def _parse(key: str, text: str, old: Any) -> Any:
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
         if kind is tuple:
             value = ast.literal_eval(text) if text[:1] in ("(", "[") else tuple(text.split(",")) if text else ()
-            return tuple(value if isinstance(value, tuple | list) else [value])
+            values = value if isinstance(value, tuple | list) else [value]
+            return tuple(values) if key in WORDS else tuple(float(one) for one in values)
         return kind(text.replace("_", "") if kind is int else text)
     except (ValueError, KeyError, SyntaxError, TypeError) as error:
         raise ConfigError(f"{key} takes a {kind.__name__}, not {text!r} (it is {old!r})") from error

@@ -30,13 +30,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dit_jax.data.shapes_world import FULL, QUICK
 from dit_jax.drawing.pictures import make_grid, save_png
 from dit_jax.drawing.pipeline import Pipeline
 from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.runtime import add_flags, path_of, run_program, set_up, writable
 from dit_jax.sample import add_model_flags
 
-QUICK, FULL = 200, 1000  # prompts of each class of the shapes world
 SHOWN_SHAPES = 16  # pictures of each class in the grid: the first ones
 CAPTIONS = 100  # training captions of ``nearest``
 SHOWN_NEAREST = 64
@@ -196,8 +196,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     if args.full and args.metric != "shapes":
         raise ConfigError("--full is for --metric=shapes")
+    if args.source is not None and args.metric == "shapes":
+        raise ConfigError("--source is for --metric=nearest and --metric=validation")
     set_up(args.allow_cpu, args.verbose)
     pipeline = Pipeline.load(args.model, args.ema, args.step)
+    if args.source == pipeline.config.data.source:
+        args.source = None  # no other: it must be what it was in training
     if args.source is not None:
         pipeline.config.data.source = args.source
     model = path_of(args.model)

@@ -76,8 +76,19 @@ def resolve(
             f"data.image_size is {config.data.image_size}; it must be a multiple of {unit}"
             f" ({vae.factor} of the VAE x model.patch_size {config.model.patch_size})"
         )
-    if not config.model.base_grid and (config.model.rope or config.model.positions == "sincos"):
-        config.model.base_grid = config.data.image_size // unit
+    if config.model.rope or config.model.positions == "sincos":
+        patches = config.data.image_size // unit
+        config.model.base_grid = config.model.base_grid or patches
+        if config.model.base_grid != patches:
+            notes.append(
+                f"model.base_grid is {config.model.base_grid}, and {config.data.image_size} px have {patches} patches"
+                " along a side: places are measured on another grid than that of these pictures"
+            )
+    if config.model.out_channels != config.model.in_channels and config.diffusion.prediction == "x0":
+        raise ConfigError(
+            f"model.out_channels is {config.model.out_channels}, with a learned variance, whose loss has no bound for"
+            " diffusion.prediction=x0; take epsilon, v or flow"
+        )
     return notes
 
 
@@ -111,6 +122,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             "data.patience",
             "learning_rate",
             "weight_decay",
+            "model.base_grid",
+            "model.num_registers",
             "sample.guidance_scale",
             "sample.apg_norm",
         ),

@@ -223,6 +223,11 @@ MEANINGS = (
     "model.attention_head_dim",
     "model.time_scale",
     "model.text_pool",
+    "model.mlp",
+    "model.norm",
+    "model.positions",
+    "model.rope",
+    "model.base_grid",
 )
 
 

@@ -31,6 +31,15 @@ def test_gaps_are_filled_from_the_encoders_and_epochs_from_the_data():
     assert explicit.total_steps == 20
 
 
+def test_places_are_those_of_the_pictures_unless_told_and_then_it_is_said():
+    for change, grid, noted in (({}, 0, 0), ({"model__rope": "true"}, 4, 0), ({"model__positions": "sincos"}, 4, 0),
+                                ({"model__rope": "true", "model__base_grid": "9"}, 9, 1)):  # fmt: skip
+        config = tiny_config(**change)
+        notes = resolve(config, 25, *ENCODERS, 1)
+        assert config.model.base_grid == grid
+        assert sum("model.base_grid is 9, and 64 px have 4 patches" in note for note in notes) == noted
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -52,6 +61,11 @@ def test_gaps_are_filled_from_the_encoders_and_epochs_from_the_data():
         ({"sample__eta": "-1"}, "sample.eta is -1.0; it must be in [0, 1]"),
         ({"model__time_scale": "nan"}, "model.time_scale is nan; it must be above 0"),
         ({"diffusion__variance_weight": "0"}, "diffusion.variance_weight is 0.0; it must be above 0"),
+        (
+            {"model__out_channels": "8", "diffusion__prediction": "x0"},
+            "model.out_channels is 8, with a learned variance, whose loss has no bound for diffusion.prediction=x0",
+        ),
+        ({"model__num_registers": "-1"}, "model.num_registers is -1; it must be 0 or more"),
         ({"clip_norm": "0"}, "clip_norm is 0.0; it must be above 0"),
         ({"clip_norm": "nan"}, "clip_norm is nan; it must be above 0"),
         ({"model__mlp_ratio": "0"}, "model.mlp_ratio is 0.0; it must be above 0"),

@@ -130,3 +130,13 @@ def test_every_shipped_config_is_whole():
         config = load_config(f"configs/{name}.py", {})
         assert flatten(config).keys() == flatten(default.get_config()).keys()
         json.loads(to_json(config))
+
+
+@pytest.mark.parametrize("text", ["0.2,0.8", "(0.2, 0.8)", "[0.2,0.8]"])
+def test_tuples_hold_numbers_but_for_prompts(text):
+    config = default.get_config()
+    apply_overrides(config, {"sample.guidance_interval": text, "latents.scale": "1,2", "sample.prompts": "7,8"})
+    assert config.sample.guidance_interval == (0.2, 0.8) and config.latents.scale == (1.0, 2.0)
+    assert config.sample.prompts == ("7", "8")
+    with pytest.raises(ConfigError, match="guidance_interval takes a tuple, not 'low,high'"):
+        apply_overrides(config, {"sample.guidance_interval": "low,high"})

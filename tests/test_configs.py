@@ -77,7 +77,7 @@ RECIPES = sorted(path.stem for path in Path("configs/recipes").glob("*.py") if p
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains_and_draws(tmp_path, name):
-    """Two steps as a user runs it, with less data and a smaller model; every key that it sets is alive in them."""
+    """Two steps as a user runs it, with less data and a smaller model."""
     few = {"total_steps": "2", "batch_size": "4", "warmup_steps": "1", "data.num_pictures": "12",
            "data.validation_fraction": "0.3", "model.num_layers": "2", "model.hidden_size": "16",
            "model.num_heads": "2", "model.attention_head_dim": "8", "sample.steps": "3"}  # fmt: skip

@@ -134,6 +134,12 @@ def test_only_shapes_has_a_full_set_of_prompts(metric, tmp_path, capsys):
     assert exit.value.code == 2 and "--full is for --metric=shapes" in capsys.readouterr().err
 
 
+def test_shapes_are_not_those_of_another_source(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main([f"--model={tmp_path}", "--source=folder:mine"])
+    assert exit.value.code == 2 and "--source is for --metric=nearest" in capsys.readouterr().err
+
+
 def test_a_folder_without_a_run_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         evaluate.main([f"--model={tmp_path}"])

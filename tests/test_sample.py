@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_jax import pictures, sample
+from dit_jax import sample
+from dit_jax.drawing import pictures
 from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.models.dit import DiT
 from dit_jax.sample import Pipeline

@@ -1,4 +1,4 @@
-"""DiT (Peebles & Xie 2023), with text: 1,000 discrete noise levels, noise as the prediction, a learned variance.
+"""DiT (Peebles & Xie 2023), with text: the schedule of 1,000 betas, noise as the prediction, a learned variance.
 
     python -m dit_jax.main --config=configs/recipes/dit.py
 

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dit_jax.bench.data import data
 from dit_jax.bench.memory import memory
 from dit_jax.bench.sampling import mixture_errors, shapes_scores
+from dit_jax.data.shapes_world import QUICK
 from dit_jax.runtime import add_flags, read_overrides, run_program, set_up
 
 MEASURES = {"memory": memory, "data": data, "sampling": mixture_errors}
-COUNT = 200  # prompts of each class, as evaluate has
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     measured = parser.add_mutually_exclusive_group(required=True)
     measured.add_argument("--config", help="FILE.py, FILE.py:key=value,key=value or a run's config.json")
     measured.add_argument("--model", help="sampling: a run, an export or a hub id; scores of the shapes world")
-    parser.add_argument("--count", type=int, help=f"with --model: prompts of each class; default: {COUNT}")
+    parser.add_argument("--count", type=int, help=f"with --model: prompts of each class; default: {QUICK}")
     add_flags(parser)
     args, rest = parser.parse_known_args(argv)
     overrides = read_overrides(parser, rest)
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.model is None:
             MEASURES[args.what](args.config, overrides)
         else:
-            shapes_scores(args.model, COUNT if args.count is None else args.count)
+            shapes_scores(args.model, QUICK if args.count is None else args.count)
 
     run_program(measure, args.traceback, "lower batch_size")
 

@@ -32,6 +32,8 @@ def read_picture(given: Given) -> np.ndarray:
         return to_rgb(Image.fromarray(given))
     if isinstance(given, Image.Image):
         return to_rgb(ImageOps.exif_transpose(given))
+    if not isinstance(given, str | Path):
+        raise ValueError(f"a picture is a path, a PIL image or a numpy array, not {type(given).__name__}")
     path = Path(given)
     if not path.is_file():
         raise FileNotFoundError(f"no picture {path}")
@@ -59,6 +61,6 @@ def fit_picture(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def fit_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The middle of a mask ``[tall, wide]`` at a size, every pixel its nearest: bool ``[height, width]``."""
-    rectangle = Image.fromarray(crop(mask, height, width, 0.5, 0.5))
-    return np.asarray(rectangle.resize((width, height), Image.Resampling.NEAREST))
+    """The middle of a mask ``[tall, wide]`` at a size, true where any of it is: bool ``[height, width]``."""
+    rectangle = Image.fromarray(crop(mask, height, width, 0.5, 0.5).astype(np.float32))
+    return np.asarray(rectangle.resize((width, height), Image.Resampling.BOX)) > 0

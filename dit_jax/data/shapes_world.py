@@ -111,6 +111,7 @@ class EvaluationClass(NamedTuple):
     combinations: Literal["seen", "new"]
 
 
+QUICK, FULL = 200, 1000  # prompts of each class that are scored
 EVALUATION_CLASSES = {
     "one_object": EvaluationClass(EVALUATION_SEED, (1,), "seen"),
     "two_objects": EvaluationClass(EVALUATION_SEED + 1, (2,), "seen"),

@@ -15,8 +15,9 @@ appendix I.2, and Lugmayr et al. 2022, eq. 8, replace x_t instead, by a fresh no
 
     x0 <- k x0_known + (1 - k) x0                                                      (4)
 
-All other targets follow from x0 at the same x_t, so that every sampler walks towards the known latents there, and the
-network sees them beside those that it draws. At the end the known latents are pasted: they are kept bit for bit.
+No doubt is left there, and so a learned variance is its lower bound. All other targets follow from x0 at the same x_t,
+so that every sampler walks towards the known latents there, and the network sees them beside those that it draws. At
+the end the known latents are pasted: they are kept bit for bit.
 """
 
 from collections.abc import Sequence
@@ -69,7 +70,8 @@ def keep_known(denoise: Denoise, process: Process, known: Array, keep: Array) ->
     def inpaint(x_t: Array, t: Array) -> Targets:
         targets = denoise(x_t, t)
         x0 = paste(targets.x0, known, keep)
-        return process.from_x0(x0, x_t, t)._replace(variance=targets.variance)
+        variance = None if targets.variance is None else jnp.where(keep, 0.0, targets.variance)
+        return process.from_x0(x0, x_t, t)._replace(variance=variance)
 
     return inpaint
 

@@ -1,6 +1,7 @@
 """What is edited: a picture, and perhaps a mask, from the user's hand to latents."""
 
 import hashlib
+import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -39,6 +40,8 @@ class Canvas(NamedTuple):
         if self.redraw is None:
             return Known(mean, None)
         keep = kept_latents(fit_mask(self.redraw, height, width), vae.factor)
+        if keep.all():
+            warnings.warn("the mask is black all over: nothing is drawn anew", stacklevel=2)
         return Known(mean, keep[None, :, :, None])
 
     def sha256(self) -> str:

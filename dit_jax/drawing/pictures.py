@@ -83,16 +83,20 @@ class Folder:
         wanted = {self.path(i).name: chunks for batch in batches for i, chunks in self._chunks(batch)}
         self._there, self._stale, foreign = set(), [], []
         for path in sorted(folder.iterdir()):
-            found = _read_chunks(path) if NUMBERED.fullmatch(path.name) else None
+            ours = {"step"} if path.name == GRID else {"prompt", "seed", "step"}
+            found = _read_chunks(path, ours) if path.name == GRID or NUMBERED.fullmatch(path.name) else None
+            if path.name == GRID and found is not None:
+                continue
             if found is not None and found == wanted.get(path.name):
                 self._there.add(path.name)
             elif found is not None or UNFINISHED.fullmatch(path.name):
                 self._stale.append(path)
-            elif path.name in wanted or path.name != GRID:
+            else:
                 foreign.append(path)
         replaced = [path for path in self._stale if NUMBERED.fullmatch(path.name)]
-        if foreign and (replaced or foreign[0].name in wanted):
-            raise ConfigError(f"{folder} holds {foreign[0].name}, which no drawing wrote; choose another --output")
+        in_the_way = [path for path in foreign if replaced or path.name in {*wanted, GRID}]
+        if in_the_way:
+            raise ConfigError(f"{folder} holds {in_the_way[0].name}, which no drawing wrote; choose another --output")
         if replaced:
             print(f"{folder}: {len(replaced)} pictures of other prompts or settings will be replaced", flush=True)
 
@@ -222,14 +226,14 @@ def save_png(image: Image.Image, path: Path, info: dict[str, str]) -> None:
     os.replace(temporary, path)
 
 
-def _read_chunks(path: Path) -> dict[str, str] | None:
-    """The text chunks of a picture that we wrote; None of another file."""
+def _read_chunks(path: Path, ours: set[str]) -> dict[str, str] | None:
+    """The text chunks of a picture; None of a file that lacks those that we write."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             found = {str(key): str(value) for key, value in image.info.items()}
     except OSError:
         return None
-    return found if found.keys() >= {"prompt", "seed", "step"} else None
+    return found if found.keys() >= ours else None
 
 
 def _read_array(path: Path, name: str) -> Any:
@@ -237,7 +241,7 @@ def _read_array(path: Path, name: str) -> Any:
     try:
         with np.load(path, allow_pickle=False) as archive:
             array = archive[name]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
     return array if array.ndim else str(array)
 

@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from dit_jax import __version__
 from dit_jax.arrays import TextStates
 from dit_jax.config import CHANGEABLE, flatten
 from dit_jax.errors import ConfigError
@@ -201,6 +202,8 @@ class Pipeline:
         return {
             "model": {
                 "config": {key: value for key, value in flatten(self.config).items() if key not in CHANGEABLE},
+                "dtype": np.dtype(self._model.dtype).name,
+                "version": __version__,
                 **asdict(self.trained),
             },
             "sample": {**dict(plan.settings), "guidance_scale": scale, "first_step": plan.first_step},
@@ -215,6 +218,7 @@ class Pipeline:
         self, height: int | None, width: int | None, canvas: "Canvas | None", settings: dict[str, Any]
     ) -> tuple["Plan", float]:
         """What to compile, and the guidance scale."""
+        from dit_jax import build
         from dit_jax.diffusion.editing import first_step
         from dit_jax.drawing.plan import Plan
 
@@ -237,6 +241,8 @@ class Pipeline:
             settings=tuple(chosen.items()),
         )
         self._check_size(plan)
+        config = self._sample_config(dict(plan.settings))
+        build.make_sampler(config, self._process, build.make_grid(config, self._process)[plan.first_step :])
         return plan, scale
 
     def _sample_config(self, settings: dict[str, Any]) -> ConfigDict:

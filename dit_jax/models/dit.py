@@ -132,6 +132,7 @@ class DiT(nn.Module):
             (self.rope and self.attention_head_dim % 4, "attention_head_dim", "a multiple of 4 with rope"),
             ((self.rope or sincos) and self.base_grid < 1, "base_grid", "1 or more with rope or positions=sincos"),
             (self.positions == "none" and not self.rope, "positions", "learned or sincos, or rope=true beside it"),
+            (self.spec.mlp_width < 1, "mlp_ratio", "large enough for an MLP of width 1"),
             (self.text_mode == "pooled" and self.text_pool == "none", "text_pool", "eos or mean with text_mode=pooled"),
         ):
             if wrong:

@@ -17,7 +17,7 @@ and a key depends on how far apart they are:
 
     (a, b) -> (a cos - b sin, a sin + b cos)                                                              (3)
 
-*Learned* is a table of the grid of the first batch, resampled (bicubic) on another.
+*Learned* is a table of the square grid of training (``data.image_size``), resampled (bicubic) on another.
 """
 
 import jax

@@ -67,11 +67,11 @@ def test_strength_one_knows_nothing_of_the_picture_and_zero_asks_nothing_of_the_
     np.testing.assert_array_equal(nothing, np.broadcast_to(KNOWN, nothing.shape))
 
 
-@pytest.mark.parametrize("name", EVERY_SAMPLER)
+@pytest.mark.parametrize("name", [name for name in EVERY_SAMPLER if name != "dpmpp_2m"])  # which remembers a step
 def test_a_late_start_on_the_way_of_a_whole_run_goes_on_like_it(name):
     """Steps keep their numbers, and so their fresh noise."""
     grid = uniform(CURVED.schedule, STEPS)
-    sampler = make_sampler(name.replace("dpmpp_2m", "euler"), CURVED, grid)  # dpmpp_2m would need its memory
+    sampler = make_sampler(name, CURVED, grid)
     x = samplers.draw_prior(KEYS, SHAPE)
     half = samplers.run(sampler, KEYS, x, grid[:3], [(0, 2, wavy(CURVED))])
     whole = samplers.run(sampler, KEYS, x, grid, [(0, STEPS, wavy(CURVED))])
@@ -131,13 +131,13 @@ def test_all_targets_follow_the_known_picture_where_it_is_kept(process):
         np.testing.assert_allclose(value[~keep], before[~keep], atol=1e-4, err_msg=name)
 
 
-def test_a_predicted_variance_passes_through():
+def test_a_predicted_variance_counts_only_where_it_is_drawn():
     def denoise(x_t, t):
         return wavy(CURVED)(x_t, t)._replace(variance=x_t)
 
     x = samplers.draw_prior(KEYS, SHAPE)
     found = editing.keep_known(denoise, CURVED, KNOWN, KEEP)(x, jnp.full(3, 0.5))
-    np.testing.assert_array_equal(found.variance, x)
+    np.testing.assert_array_equal(found.variance, np.where(KEEP, 0.0, x))
 
 
 def test_the_network_sees_the_kept_part_beside_the_one_it_draws():

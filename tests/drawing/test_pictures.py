@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_jax import pictures
+from dit_jax.drawing import pictures
 from dit_jax.drawing.pictures import Archive, Folder, cut_into_batches
 from dit_jax.errors import ConfigError
 
@@ -153,7 +153,14 @@ def test_an_archive_of_another_drawing_is_refused_and_parts_of_one_are_drawn_aga
     assert (tmp_path / "y.npz").read_bytes() == (tmp_path / "x.npz").read_bytes()
 
 
-def test_a_damaged_archive_is_refused(tmp_path):
-    (tmp_path / "x.npz").write_bytes(b"nothing")
+@pytest.mark.parametrize("content", [b"nothing", b""])
+def test_a_damaged_archive_is_refused(tmp_path, content):
+    (tmp_path / "x.npz").write_bytes(content)
     with pytest.raises(ConfigError, match="choose another --output"):
         run(tmp_path / "x.npz")
+
+
+def test_a_grid_that_no_drawing_wrote_is_never_replaced(tmp_path):
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "grid.png")
+    with pytest.raises(ConfigError, match="holds grid.png, which no drawing wrote"):
+        Folder(tmp_path, cut_into_batches(["a"], [0], {}), step=1, columns=1)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dit_jax.data.given import fit_mask
 from dit_jax.drawing.pipeline import Pipeline
 from dit_jax.errors import ConfigError, DataError
 
@@ -82,6 +83,17 @@ def test_kept_latents_reach_the_vae_as_they_were(pipe, picture, right_half, monk
         assert np.abs(latents[0, :, 4:] - latents[1, :, 4:]).max() > 0.1
 
 
+def test_the_thinnest_stroke_of_a_large_mask_is_drawn_anew():
+    mask = np.zeros((1024, 1024), bool)
+    mask[500:503] = True
+    assert fit_mask(mask, 64, 64).any(1).nonzero()[0].tolist() == [31]
+
+
+def test_a_mask_that_keeps_all_is_told(pipe, picture):
+    with pytest.warns(UserWarning, match="the mask is black all over"):
+        pipe([RED], init_image=picture, mask=np.zeros((64, 64), bool), steps=2)
+
+
 def test_a_mask_alone_draws_at_strength_one(pipe, picture, right_half):
     told = arrays(pipe([RED], init_image=picture, mask=right_half, strength=1.0, steps=4))
     np.testing.assert_array_equal(arrays(pipe([RED], init_image=picture, mask=right_half, steps=4)), told)
@@ -120,6 +132,7 @@ def test_what_cannot_be_edited_is_said_in_one_line(pipe, picture, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     for error, says, given in (
         (ConfigError, "a mask without a picture", {"mask": picture}),
+        (ConfigError, "init_image: a picture is a path, a PIL image or a numpy array, not list", {"init_image": [[0]]}),
         (ConfigError, "strength 0.5 is of a picture to start from", {"strength": 0.5}),
         (ConfigError, "sample.strength is 1.5; it must be in", {"init_image": picture, "strength": 1.5}),
         (ConfigError, "init_image: no picture nowhere.png", {"init_image": "nowhere.png"}),

@@ -217,12 +217,13 @@ def test_a_fresh_model_returns_zero(toy):
 
 
 @pytest.mark.parametrize(
-    ("remat", "name"), [("dots", "cross"), ("full", "cross"), ("full", "mmdit"), ("dots", "joint")]
+    ("remat", "name", "num_layers"),
+    [("dots", "cross", 2), ("full", "registers", 2), ("full", "mmdit", 2), ("dots", "joint", 2), ("full", "joint", 1)],
 )
-def test_remat_gives_equal_gradients(remat, name):
+def test_remat_gives_equal_gradients(remat, name, num_layers):
     """And every parameter has one."""
-    toy = Toy(**OPTIONS[name])
-    changes = {**SMALL, **OPTIONS[name]}
+    changes = {**SMALL, **OPTIONS[name], "num_layers": num_layers}
+    toy = Toy(**changes)
 
     def gradient(model):
         def loss(params):
