@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from dit_jax.errors import CheckpointError
-from dit_jax.training.checkpoint import Checkpoints, find_step, restore_params
+from dit_jax.training.checkpoint import ITEMS, Checkpoints, find_step, restore_item
 from dit_jax.training.loss_scale import LossScale
 from dit_jax.training.state import TrainState
 
@@ -53,17 +53,17 @@ def test_a_state_comes_back_bit_for_bit(saved):
 def test_parameters_alone(saved):
     folder, _, _ = saved
     shapes = jax.eval_shape(lambda: make_state(7).params)
-    jax.tree.map(np.testing.assert_array_equal, restore_params(folder, 7, "ema", shapes), make_state(7).ema)
-    jax.tree.map(np.testing.assert_array_equal, restore_params(folder, 7, "params", shapes), make_state(7).params)
+    jax.tree.map(np.testing.assert_array_equal, restore_item(folder, 7, "ema", shapes), make_state(7).ema)
+    jax.tree.map(np.testing.assert_array_equal, restore_item(folder, 7, "params", shapes), make_state(7).params)
 
 
 def test_what_is_missing_or_of_another_model_is_an_error(saved, tmp_path):
     folder, checkpoints, _ = saved
-    assert find_step(folder, None) == 7 and find_step(folder, 4) == 4
+    assert find_step(folder, None, "full", ITEMS)[0].step == 7 and find_step(folder, 4, "full", ITEMS)[0].step == 4
     with pytest.raises(CheckpointError, match="no checkpoint of step 5 .*there are 4, 6, 7"):
-        find_step(folder, 5)
+        find_step(folder, 5, "full", ITEMS)
     with pytest.raises(CheckpointError, match="no checkpoint in"):
-        find_step(tmp_path, None)
+        find_step(tmp_path, None, "full", ITEMS)
     with pytest.raises(CheckpointError, match="cannot restore .*/7: "):
         checkpoints.restore(7, make_state(7, width=5))
     with pytest.raises(CheckpointError, match="cannot restore .*/5: "):
