@@ -17,10 +17,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from dit_jax.errors import ConfigError, UserError, WorkdirError
@@ -134,9 +136,12 @@ def set_up(allow_cpu: bool, verbose: bool) -> None:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-        for name in ("absl", "jax", "orbax"):
+        for name in ("jax", "orbax"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        # what fails in a thread of Orbax is raised where the save is waited for, and need not be shown as it happens
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         warnings.showwarning = _show_warning
+        sys.excepthook = _show_uncaught
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -170,6 +175,12 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
     """Our own warnings in one line each; those of libraries not at all."""
     if Path(filename).is_relative_to(Path(__file__).parent):
         print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def _show_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What nobody caught, but for the many writes of a failed save that tensorstore ends when nobody waits any more."""
+    if threading.current_thread() is threading.main_thread() or str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
 
 
 def _nvidia_driver() -> str | None:

@@ -244,7 +244,7 @@ def newest_whole(directory: Path, how: str, items: Sequence[str]) -> tuple[Repor
     Raises:
       CheckpointError: all steps are damaged.
     """
-    damaged = []
+    damaged: list[Report] = []
     for step in reversed(steps_of(directory)):
         report = verify(directory, step, how, items)
         if not report.problems:
