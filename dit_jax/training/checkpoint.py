@@ -168,6 +168,16 @@ class Checkpoints:
         with self._loud():
             self._manager.wait_until_finished()
 
+    def restore(self, step: int, state: TrainState) -> TrainState:
+        """The state at a step; ``state`` says structure, shapes, dtypes and shardings.
+
+        Raises:
+          CheckpointError: if the step is missing, unreadable, or of another model.
+        """
+        wanted = {"params": state.params, "ema": state.ema, "optimizer": _optimizer_item(state)}
+        items = {item: restore_item(self.directory, step, item, wanted[item]) for item in TREES}
+        return TrainState(params=items["params"], ema=items["ema"], **items["optimizer"])
+
     def close(self) -> None:
         """Wait for what is being written and release the directory."""
         with self._loud():
@@ -183,10 +193,9 @@ class Checkpoints:
         try:
             yield
         except OSError as error:
-            reason = _system_reason(error)
-            if reason is None or error.errno not in FULL:
+            if error.errno not in FULL:
                 raise
-            raise WorkdirError(f"{reason}, in writing {error.filename}; {self._goes_on()}") from error
+            raise WorkdirError(f"{_system_reason(error)}; {self._goes_on()}") from error
 
     @contextlib.contextmanager
     def _loud(self) -> Iterator[None]:
@@ -201,24 +210,14 @@ class Checkpoints:
             raise WorkdirError(f"the save of step {step and step[0]} failed: {reason}; {self._goes_on()}") from error
 
     def _goes_on(self) -> str:
-        last = max(steps_of(self.directory), default=None)
-        where = "from the beginning" if last is None else f"from step {last}, the last that is saved"
+        whole = [step for step in steps_of(self.directory) if not verify(self.directory, step, "fast", ITEMS).problems]
+        where = f"from step {whole[-1]}, the last that is saved" if whole else "from the beginning"
         return f"make room in {self.directory}, or make it writable, and start again: the run goes on {where}"
 
     def _write_manifest(self) -> None:
         """Orbax calls this in its thread when a step is written and not renamed yet."""
         (growing,) = self.directory.glob(f"*{UNFINISHED}*")
         self._hashing = manifest.write(growing, ITEMS)
-
-    def restore(self, step: int, state: TrainState) -> TrainState:
-        """The state at a step; ``state`` says structure, shapes, dtypes and shardings.
-
-        Raises:
-          CheckpointError: if the step is missing, unreadable, or of another model.
-        """
-        wanted = {"params": state.params, "ema": state.ema, "optimizer": _optimizer_item(state)}
-        items = {item: restore_item(self.directory, step, item, wanted[item]) for item in TREES}
-        return TrainState(params=items["params"], ema=items["ema"], **items["optimizer"])
 
 
 # ------------------------------------------------------------------------------------------- which step is to be used
@@ -343,7 +342,10 @@ def restore_tree(path: Path, shapes: Any) -> Any:
 def _restore(path: Path, shapes: Any, same_types: bool) -> Any:
     wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, shapes)
     with _readable(path), ocp.StandardCheckpointer() as checkpointer:
-        found = named_leaves(checkpointer.metadata(path.absolute()).item_metadata.tree)
+        written = checkpointer.metadata(path.absolute()).item_metadata
+        if written is None:
+            raise CheckpointError(f"cannot restore {path}: it is not there, or does not say what is in it")
+        found = named_leaves(written.tree)
         expected = named_leaves(wanted)
         wrong = mismatches({name: leaf.shape for name, leaf in found.items()}, expected)
         wrong += [

@@ -1,10 +1,12 @@
 """A sha256 manifest of a folder, which says later whether a file of it is lost, cut, or other than it was.
 
 ``manifest.sha256`` lies in the folder. Two lines a file: its size, for a look that reads nothing, and its hash, in the
-layout of ``sha256sum``, so that ``cd FOLDER && sha256sum -c manifest.sha256`` checks it without this package:
+layout of ``sha256sum``, so that ``cd FOLDER && sha256sum -c manifest.sha256`` checks it without this package. The last
+line is for the manifest itself:
 
     # 471 bytes
     9c3f...e1  ema/_METADATA
+    # 07be...52 is the sha256 of the lines above
 
 Files that are not in it do not count.
 """
@@ -21,6 +23,7 @@ NAME = "manifest.sha256"
 THREADS = 4  # files that are hashed at a time; hashlib lets other threads run
 
 ENTRY = re.compile(r"# (\d+) bytes\n([0-9a-f]{64})  (.+)\n")
+SEAL = "# {} is the sha256 of the lines above\n"
 
 
 class Entry(NamedTuple):
@@ -56,7 +59,7 @@ def write(folder: Path, under: Sequence[str]) -> float:
         Entry(path.relative_to(folder).as_posix(), path.stat().st_size, sha256)
         for path, sha256 in zip(paths, hashes, strict=True)
     ]
-    (folder / NAME).write_bytes("".join(map(str, entries)).encode())
+    (folder / NAME).write_bytes(_text(entries))
     return time.monotonic() - begin
 
 
@@ -82,11 +85,16 @@ def verify(folder: Path, how: str, under: Sequence[str]) -> Verdict:
 
 def _read(path: Path) -> list[Entry]:
     """The entries of a manifest; ValueError if it is not what `write` makes, to the last byte."""
-    text = path.read_bytes().decode()
-    entries = [Entry(name, int(size), sha256) for size, sha256, name in ENTRY.findall(text)]
-    if not entries or "".join(map(str, entries)) != text:
+    found = path.read_bytes()
+    entries = [Entry(name, int(size), sha256) for size, sha256, name in ENTRY.findall(found.decode(errors="replace"))]
+    if _text(entries) != found:
         raise ValueError("is damaged itself")
     return entries
+
+
+def _text(entries: Sequence[Entry]) -> bytes:
+    lines = "".join(map(str, entries)).encode()
+    return lines + SEAL.format(hashlib.sha256(lines).hexdigest()).encode()
 
 
 def _problem(folder: Path, entry: Entry, how: str) -> str:
@@ -107,8 +115,6 @@ def _problem(folder: Path, entry: Entry, how: str) -> str:
 def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "is missing"
-    if isinstance(error, UnicodeDecodeError):
-        return "is damaged itself"
     return f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
