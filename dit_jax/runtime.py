@@ -11,18 +11,17 @@
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from dit_jax.errors import ConfigError, UserError, WorkdirError
@@ -157,7 +156,7 @@ def quiet_libraries() -> None:
     # what fails in a thread of Orbax is raised where the save is waited for, and need not be shown as it happens
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     warnings.showwarning = _show_warning
-    sys.excepthook = _show_uncaught
+    sys.unraisablehook = functools.partial(_show_unraisable, sys.unraisablehook)
 
 
 def compile_cache() -> Path:
@@ -196,10 +195,10 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-def _show_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What nobody caught, but for the many writes of a failed save that tensorstore ends when nobody waits any more."""
-    if threading.current_thread() is threading.main_thread() or str(error) != "Event loop is closed":
-        sys.__excepthook__(kind, error, trace)
+def _show_unraisable(show: Callable[[Any], Any], what: Any) -> None:
+    """What Python can only print, but for the many writes of a failed save that end when nobody waits any more."""
+    if str(what.exc_value) != "Event loop is closed":
+        show(what)
 
 
 def nvidia_driver() -> str | None:
