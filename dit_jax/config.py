@@ -25,6 +25,7 @@ ADDED = {
     "init_from": "",
     "preview_vae": "",
     "validate_every": 0,
+    "verify_checkpoints": "full",
     "data.storage_dtype": "float32",
     "data.buckets": 0,
     "data.patience": 600.0,
@@ -63,6 +64,7 @@ CHANGEABLE = (
     "validate_every",  # but not data.validation_records: all figures of a run are of the same records
     "keep_latest",
     "keep_every",
+    "verify_checkpoints",
     "wandb_project",
     "model.remat",
     # where things lie; what they hold is compared by hash

@@ -41,6 +41,7 @@ def resolve(
         raise ConfigError(
             f"batch_size {config.batch_size} is not divisible by accumulate {config.accumulate} x {num_devices} devices"
         )
+    choose("verify_checkpoints", config.verify_checkpoints, dict.fromkeys(("fast", "full")))
     choose("data.encode", config.data.encode, dict.fromkeys(("once", "every_step")))
     choose("data.storage_dtype", config.data.storage_dtype, dict.fromkeys(("float16", "float32")))
     choose("data.crop", config.data.crop, dict.fromkeys(("center", "random")))

@@ -11,6 +11,7 @@
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 import shutil
@@ -124,23 +125,15 @@ def _say_end(line: str, show_traceback: bool) -> None:
 def set_up(allow_cpu: bool, verbose: bool) -> None:
     """Quiet the libraries, turn the compile cache on, make random numbers independent of sharding, check the device.
 
-    The cache lies in ``JAX_COMPILATION_CACHE_DIR`` or in the user's own cache folder, for this user only: what is
-    in it is run as code.
-
     Raises:
       ConfigError: an NVIDIA device is present, but JAX would run on CPU and nobody asked for that.
     """
     if not verbose:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-        for name in ("absl", "jax", "orbax"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        warnings.showwarning = _show_warning
+        quiet_libraries()
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dit_jax" / "compiled"
+        cache = compile_cache()
         try:
             cache.mkdir(parents=True, exist_ok=True)
             cache.chmod(0o700)
@@ -149,13 +142,43 @@ def set_up(allow_cpu: bool, verbose: bool) -> None:
             warnings.warn(f"nothing that is compiled is kept: {cache}: {error.strerror}", stacklevel=1)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     jax.config.update("jax_threefry_partitionable", True)
-    if jax.default_backend() == "cpu" and not allow_cpu and os.environ.get("JAX_PLATFORMS") != "cpu":
-        driver = _nvidia_driver()
-        if driver:
-            raise ConfigError(
-                f"there is an NVIDIA device (driver {driver}), but JAX runs on CPU: pip install '.[cuda13]' (driver"
-                " 580, compute capability 7.5, or newer) or '.[cuda12]' (driver 525), or pass --allow_cpu"
-            )
+    if not allow_cpu and (overlooked := overlooked_gpu()):
+        raise ConfigError(f"{overlooked}, or pass --allow_cpu")
+
+
+def quiet_libraries() -> None:
+    """Mute what libraries log and warn of."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    for name in ("jax", "orbax"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # what fails in a thread of Orbax is raised where the save is waited for, and need not be shown as it happens
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    warnings.showwarning = _show_warning
+    sys.unraisablehook = functools.partial(_show_unraisable, sys.unraisablehook)
+
+
+def compile_cache() -> Path:
+    """Where compiled functions are kept: ``JAX_COMPILATION_CACHE_DIR``, or in the user's own cache folder, for this
+    user only, as what is in it is run as code.
+    """
+    named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    own = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dit_jax" / "compiled"
+    return Path(named) if named else own
+
+
+def overlooked_gpu() -> str | None:
+    """What there is and what to install, if JAX runs on CPU beside an NVIDIA device and nobody asked for that."""
+    import jax
+
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or jax.default_backend() != "cpu":
+        return None
+    driver = nvidia_driver()
+    return driver and (
+        f"there is an NVIDIA device (driver {driver}), but JAX runs on CPU: pip install '.[cuda13]' (driver"
+        " 580, compute capability 7.5, or newer) or '.[cuda12]' (driver 525)"
+    )
 
 
 def git_commit() -> str:
@@ -172,7 +195,13 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-def _nvidia_driver() -> str | None:
+def _show_unraisable(show: Callable[[Any], Any], what: Any) -> None:
+    """What Python can only print, but for the many writes of a failed save that end when nobody waits any more."""
+    if str(what.exc_value) != "Event loop is closed":
+        show(what)
+
+
+def nvidia_driver() -> str | None:
     """The version of the NVIDIA driver, or None where there is no device."""
     if shutil.which("nvidia-smi") is None:
         return None

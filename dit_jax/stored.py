@@ -8,6 +8,7 @@ hashes of data and encoders. The encoders that it was trained with lie in it, or
 """
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,13 +28,13 @@ from dit_jax.config import TRAINED, flatten, read_run
 from dit_jax.encoders import places
 from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.sharding import make_mesh, replicated, with_sharding
-from dit_jax.training.checkpoint import find_step, restore_metadata, restore_params, restore_tree, save_tree
+from dit_jax.training.checkpoint import find_step, restore_item, restore_metadata, restore_tree, save_tree
 from dit_jax.training.init_from import transfer
 from dit_jax.training.state import TrainState, init_params
-from dit_jax.trees import named_leaves
+from dit_jax.trees import mismatches, named_leaves
 
 FORMATS = ("safetensors", "orbax")
-PARAMETERS = ("ema", "raw")
+ITEM = {"ema": "ema", "raw": "params"}  # of a checkpoint, for every choice of parameters
 SAFETENSORS, ORBAX = "model.safetensors", "orbax"
 ENCODERS = ("vae", "text_encoder")
 
@@ -103,8 +104,7 @@ class Stored:
         shapes = parameter_shapes(self.config, factor)
         shapes = with_sharding(shapes, sharding or replicated(make_mesh(jax.devices()[:1])))
         if not self.exported:
-            item = {"ema": "ema", "raw": "params"}[self.trained.parameters]
-            return restore_params(self.folder / "checkpoints", self.trained.step, item, shapes)
+            return restore_item(self.folder / "checkpoints", self.trained.step, ITEM[self.trained.parameters], shapes)
         if (self.folder / SAFETENSORS).is_file():
             return _read_safetensors(self.folder / SAFETENSORS, shapes)
         if (self.folder / ORBAX).is_dir():
@@ -125,8 +125,8 @@ def open_stored(path: str | Path, parameters: str | None, step: int | None) -> S
       ConfigError: ``parameters`` is neither, or the path is nearly a hub id.
       FetchError: it is not to be had from the hub.
     """
-    if parameters not in (None, *PARAMETERS):
-        raise ConfigError(f"ema is {parameters!r}; it can be {', '.join(PARAMETERS)}")
+    if parameters not in (None, *ITEM):
+        raise ConfigError(f"ema is {parameters!r}; it can be {', '.join(ITEM)}")
     folder = Path(path).expanduser()
     if places.is_hub_id(path):
         from dit_jax.encoders import hub  # its library takes a second to import
@@ -140,9 +140,8 @@ def open_stored(path: str | Path, parameters: str | None, step: int | None) -> S
     config = read_run(folder)
     trained = _read_trained(folder / "config.json")
     if trained is None:
-        step = find_step(folder / "checkpoints", step)
-        hashes = restore_metadata(folder / "checkpoints", step)
-        return Stored(folder, config, Trained(step=step, parameters=parameters or "ema", **hashes), exported=False)
+        parameters = parameters or "ema"
+        return Stored(folder, config, _verified(folder / "checkpoints", step, parameters, config), exported=False)
     for asked, held in ((parameters, trained.parameters), (step, trained.step)):
         if asked not in (None, held):
             raise CheckpointError(
@@ -179,6 +178,19 @@ def parameter_shapes(config: ConfigDict, factor: int) -> Any:
     return jax.eval_shape(lambda key: init_params(model, key, side, side), jax.random.key(0))
 
 
+def _verified(directory: Path, step: int | None, parameters: str, config: ConfigDict) -> Trained:
+    """What a run says of its parameters at a step, or at the newest that is not damaged: with a warning, and the
+    damaged ones stay where they are, as only training writes there.
+    """
+    report, damaged = find_step(directory, step, config.verify_checkpoints, (ITEM[parameters], "metadata"))
+    for one in damaged:
+        warnings.warn(f"{directory}: {one}; step {report.step} is used", stacklevel=3)
+    if not report.verifiable:
+        warnings.warn(f"{directory}: {report}", stacklevel=3)
+    metadata = restore_metadata(directory, report.step)
+    return Trained(report.step, parameters, **{name: metadata[name] for name in ("data", *ENCODERS)})
+
+
 def _read_trained(path: Path) -> Trained | None:
     """What an export says of its parameters; None of a run, which says it in every checkpoint."""
     found = json.loads(path.read_text()).get(TRAINED)
@@ -194,13 +206,7 @@ def _read_safetensors(path: Path, shapes: Any) -> Any:
     try:
         with safe_open(path, framework="np") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            wrong = [f"missing {name}" for name in expected if name not in found]
-            wrong += [f"extra {name}" for name in found if name not in expected]
-            wrong += [
-                f"misshapen {name} {found[name]}, expected {leaf.shape}"
-                for name, leaf in expected.items()
-                if found.get(name, leaf.shape) != leaf.shape
-            ]
+            wrong = mismatches(found, expected)
             if wrong:
                 raise CheckpointError(f"{path} does not fit its config.json: {'; '.join(wrong)}")
             leaves = [

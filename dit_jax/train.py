@@ -39,7 +39,7 @@ from dit_jax.resolve import resolve
 from dit_jax.runtime import git_commit, writable, write_whole
 from dit_jax.sharding import make_mesh, put_batch
 from dit_jax.stored import Trained, begin_from, open_origin
-from dit_jax.training.checkpoint import Checkpoints, Commit, restore_metadata
+from dit_jax.training.checkpoint import ITEMS, Checkpoints, Commit, newest_whole, restore_metadata, set_aside
 from dit_jax.training.progress import Progress, check_finite
 from dit_jax.training.state import TrainState, abstract_state, init_state
 from dit_jax.training.step import TrainStep
@@ -48,6 +48,7 @@ from dit_jax.training.writer import Watch, Writer
 from dit_jax.trees import count_parameters
 
 GRID = 16  # captions of the training set in a sample grid when the config names no prompts
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 AHEAD = 3  # batches that are on the devices, or on their way, before the step that takes them
 
 
@@ -67,8 +68,8 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
       ConfigError: values that cannot be, or a workdir that belongs to another config, data or encoders.
       DataError: a data set that cannot be read.
       DivergedError: the loss or its gradient is not finite; nothing is saved after it.
-      CheckpointError: a checkpoint that cannot be restored.
-      WorkdirError: a workdir that cannot be written to.
+      CheckpointError: there are checkpoints, but none that can be used.
+      WorkdirError: a workdir that cannot be written to or is full; what was said to be saved is.
     """
     # ---- what there is
     mesh = make_mesh(jax.devices())
@@ -117,9 +118,11 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
     with writable(workdir):
         write_whole(workdir / "config.json", to_json(config))
     step_function = build.make_step(config, model, process, optimizer, learning_rate)
+    metadata = describe(config, identity, mesh)
 
     # ---- the loop
     with (
+        checkpoints.room(),
         closing(checkpoints),
         closing(Writer(workdir, start, config.wandb_project, config.to_dict(), watch)) as writer,
         closing(make_progress(config, writer, start, training_flops(model, side, side), mesh)) as progress,
@@ -136,7 +139,7 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
             every_batch, steps = itertools.chain([first], coming), range(start + 1, stop + 1)
             validate = functools.partial(score, validation, writer) if validation else None
             state = loop(
-                config, state, steps, train_steps, every_batch, checkpoints, identity, validate, draw, progress
+                config, state, steps, train_steps, every_batch, checkpoints, metadata, validate, draw, progress
             )
     say(f"done: step {stop} of {config.total_steps}")
     return state
@@ -149,7 +152,7 @@ def loop(
     train_steps: Mapping[tuple[int, ...], Callable[..., Any]],
     coming: Iterator[dict[str, jax.Array]],
     checkpoints: Checkpoints,
-    identity: dict[str, str],
+    metadata: dict[str, Any],
     validate: Callable[[Any, int], str] | None,
     draw: Callable[[Any, int], Path],
     progress: Progress,
@@ -161,7 +164,7 @@ def loop(
       state: after the step before the first.
       train_steps: by the latent grid of a batch.
       coming: a batch a step, on the devices.
-      identity: saved with every checkpoint.
+      metadata: saved with every checkpoint.
       validate: parameters and step -> what to say of the errors; None where they are not wanted.
       draw: parameters and step -> where the grid of samples was written.
 
@@ -188,7 +191,7 @@ def loop(
         if step == steps[-1] or is_due(step, config.save_every):
             with progress.aside():
                 check_finite(step, metrics)
-                report(checkpoints.save(state, identity))
+                report(checkpoints.save(state, metadata))
                 progress.say(f"saving step={step}")
         if config.sample_every and (last or is_due(step, config.sample_every)):
             with progress.aside():
@@ -211,18 +214,31 @@ def offer_embedded() -> Iterator[None]:
 
 
 def open_checkpoints(config: ConfigDict, workdir: Path, identity: dict[str, str]) -> Checkpoints:
-    """The checkpoints of a run, which is a new one or the same as before in config, data and encoders."""
+    """The checkpoints of a run, which is a new one or the same as before in config, data and encoders.
+
+    The newest is verified; where it is damaged, it is set aside and the run goes on from the one before.
+    """
     if is_export(workdir / "config.json"):
         raise ConfigError(
             f"{workdir} is an export, not a run: give another --workdir (init_from={workdir} begins with it)"
         )
+    directory = workdir / "checkpoints"
+    whole, damaged = newest_whole(directory, config.verify_checkpoints, ITEMS)
+    if whole:
+        say(f"checkpoint: {whole}")
+        take_over(config, workdir)
+        refuse_another(restore_metadata(directory, whole.step), identity)
     with writable(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        checkpoints = Checkpoints(workdir / "checkpoints", config.keep_latest, config.keep_every)
-    if start := checkpoints.latest_step():
-        take_over(config, workdir)
-        refuse_another(restore_metadata(checkpoints.directory, start), identity)
-    return checkpoints
+        for report in damaged:
+            say(f"warning: checkpoint: {report}; set aside as {set_aside(directory, report.step)}")
+        return Checkpoints(directory, config.keep_latest, config.keep_every)
+
+
+def describe(config: ConfigDict, identity: dict[str, str], mesh: Mesh) -> dict[str, Any]:
+    """What a checkpoint says of itself beside its arrays; ``identity`` are the hashes of data and encoders."""
+    versions = {name: version(name) for name in PACKAGES} | {"dit_jax": dit_jax.__version__, "git": git_commit()}
+    return {**identity, "config": config.to_dict(), "versions": versions, "mesh": dict(mesh.shape)}
 
 
 def refuse_another(saved: dict[str, str], found: dict[str, str]) -> None:
@@ -248,7 +264,7 @@ def banner(
 
     ``records`` train and ``held_out`` validate.
     """
-    packages = " ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "orbax-checkpoint"))
+    packages = " ".join(f"{name} {version(name)}" for name in PACKAGES)
     say(f"dit_jax {dit_jax.__version__} ({git_commit()}), Python {platform.python_version()}, {packages}")
     say(f"devices: {mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
     say(

@@ -1,6 +1,6 @@
 """Names, masks and counts of the leaves of a parameter tree."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,3 +25,21 @@ def mask_by_name(tree: Any, keep: Callable[[str], bool]) -> Any:
 def count_parameters(tree: Any) -> int:
     """How many numbers the leaves hold together (arrays or their shapes)."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def mismatches(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, Any]) -> list[str]:
+    """Why leaves cannot stand for others of the same names, a line for each that does not fit.
+
+    Args:
+      found: their shapes by name.
+      expected: the leaves, or their shapes and dtypes, that are wanted.
+    """
+    return [
+        *(f"missing {name}" for name in expected if name not in found),
+        *(f"extra {name}" for name in found if name not in expected),
+        *(
+            f"misshapen {name} {found[name]}, expected {leaf.shape}"
+            for name, leaf in expected.items()
+            if found.get(name, leaf.shape) != leaf.shape
+        ),
+    ]

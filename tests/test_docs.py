@@ -29,7 +29,15 @@ from tests import test_layers
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "dit_jax"
 TWINS = {"README.md": "README.zh-CN.md", "docs/architecture.md": "docs/zh/模型架构.md"}
-DOCUMENTS = [*TWINS, *TWINS.values(), "docs/data.md", "docs/sampling.md", "docs/validation.md", "docs/recipes.md"]
+DOCUMENTS = [
+    *TWINS,
+    *TWINS.values(),
+    "docs/data.md",
+    "docs/sampling.md",
+    "docs/validation.md",
+    "docs/recipes.md",
+    "docs/reliability.md",
+]
 SOURCES = [*PACKAGE.rglob("*.py"), *(REPOSITORY / "configs").rglob("*.py")]
 KEYS = flatten(default.get_config())
 SECTIONS = "|".join({key.split(".")[0] for key in KEYS if "." in key})

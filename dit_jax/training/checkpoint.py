@@ -1,11 +1,22 @@
 """Checkpoints: the only file that knows Orbax.
 
-``<workdir>/checkpoints/<step>/`` holds the items ``params``, ``ema``, ``optimizer`` and ``metadata`` (JSON). Saving
-is asynchronous and atomic: a step directory appears by a rename when everything is written, so a step that can be
-seen is whole. `Checkpoints.committed` reports a save only then.
+    checkpoints/<step>/          params/  ema/  optimizer/  metadata/ (JSON)  manifest.sha256
+    checkpoints/<step>.corrupt/  a step that was found damaged, set aside by the run that goes on from the one before
+
+Saving is asynchronous and atomic. A step is written under another name, then all of its files are hashed into its
+manifest, then it is renamed: a step that can be seen is whole, and its manifest says so for as long as it lies there.
+`Checkpoints.committed` reports a save only when that was done, and looked at.
+
+A step is verified before it is used (`verify`). Orbax itself notices no flipped bit and casts without a word, so that
+shapes and types of all arrays are compared too (`restore_params`). Steps of before there were manifests cannot be
+verified, and are used as they are.
 """
 
 import contextlib
+import errno
+import os
+import re
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,26 +26,65 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
-from dit_jax.errors import CheckpointError
+from dit_jax.errors import CheckpointError, WorkdirError
+from dit_jax.training import manifest
 from dit_jax.training.state import TrainState
+from dit_jax.trees import mismatches, named_leaves
 
+FORMAT = 1  # of a step, in its metadata; those of before there were manifests say none
 SHOWN = 300  # characters of what Orbax says of a checkpoint that does not fit
-ITEMS = ("params", "ema", "optimizer", "metadata")
+LISTED = 8  # leaves, or files, that are named one by one
+TREES = ("params", "ema", "optimizer")
+ITEMS = (*TREES, "metadata")
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a step that is being written, or was when its process ended
+CORRUPT = ".corrupt"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, no quota left, no larger file allowed
 
 
 class Commit(NamedTuple):
-    """A save that is on disk: its step, bytes, and the seconds from the request to the commit."""
+    """A save that is on disk: its step, bytes, the seconds from the request to the commit, and those of hashing."""
 
     step: int
     bytes: int
     seconds: float
+    hashing: float
 
     def __str__(self) -> str:
-        return f"step={self.step} {self.bytes / 2**30:.2f}GiB {self.seconds:.1f}s"
+        return f"step={self.step} {self.bytes / 2**30:.2f}GiB {self.seconds:.1f}s (sha256 {self.hashing:.1f}s)"
+
+
+class Report(NamedTuple):
+    """What the verification of a step found.
+
+    Attributes:
+      step: which one.
+      problems: what is wrong with it, a line for a file; none if it is whole.
+      verifiable: whether it has a manifest; without one nothing is known.
+      bytes: that were hashed.
+      seconds: that it took.
+    """
+
+    step: int
+    problems: tuple[str, ...]
+    verifiable: bool
+    bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        if self.problems:
+            more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
+            return f"step {self.step} is damaged: {self.problems[0]}{more}"
+        if not self.verifiable:
+            return f"step {self.step} cannot be verified: an earlier release wrote it, without a {manifest.NAME}"
+        if not self.bytes:
+            return f"step {self.step}: no file is missing or cut"
+        return f"step {self.step} is what was written: sha256 of {self.bytes / 2**30:.2f}GiB in {self.seconds:.1f}s"
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run, to which it saves; nobody else writes there.
+
+    What an earlier process did not finish is removed.
 
     Args:
       directory: ``<workdir>/checkpoints``.
@@ -44,14 +94,20 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep_latest: int, keep_every: int):
         self.directory = directory.absolute()
+        for left in self.directory.glob(f"*{UNFINISHED}*"):
+            shutil.rmtree(left)
         # the whole policy is written out: Orbax drops recency when only a part of it is given
         policies: list[Any] = [LatestN(keep_latest), *([EveryNSteps(keep_every)] if keep_every else [])]
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_names=ITEMS,
-            options=ocp.CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy(policies)),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy(policies),
+                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest),
+            ),
         )
         self._pending: tuple[int, float] | None = None
+        self._hashing = 0.0
 
     def latest_step(self) -> int | None:
         """The newest step on disk, or None."""
@@ -61,37 +117,56 @@ class Checkpoints:
         """Queue a save of the state under its own step.
 
         Waits for an earlier save that is still being written, and returns its commit.
+
+        Args:
+          state: what is saved.
+          metadata: what else is to be known of it, as JSON can say it.
+
+        Raises:
+          WorkdirError: the earlier save did not arrive.
         """
         self.wait()
         earlier = self.committed()
         step = int(state.step)
         self._pending = (step, time.monotonic())
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                ema=ocp.args.StandardSave(state.ema),
-                optimizer=ocp.args.StandardSave(_optimizer_item(state)),
-                metadata=ocp.args.JsonSave(metadata),
-            ),
-        )
+        with self._loud():
+            queued = self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    ema=ocp.args.StandardSave(state.ema),
+                    optimizer=ocp.args.StandardSave(_optimizer_item(state)),
+                    metadata=ocp.args.JsonSave({**metadata, "format": FORMAT, "step": step}),
+                ),
+            )
+        assert queued, f"there is a newer step than {step} in {self.directory}"
         return earlier
 
     def committed(self) -> Commit | None:
-        """The save that was committed since the last call, if any; does not wait."""
+        """The save that was committed since the last call, if any; does not wait.
+
+        Raises:
+          WorkdirError: it did not arrive.
+        """
         if self._pending is None or self._manager.is_saving_in_progress():
             return None
-        self._manager.wait_until_finished()  # raises what the writing thread raised
+        self.wait()
         (step, started), self._pending = self._pending, None
         path = self.directory / str(step)
-        if not path.is_dir():
-            raise CheckpointError(f"the save of step {step} did not arrive at {path}")
+        problems = manifest.verify(path, "fast", ITEMS).problems
+        if problems:
+            raise WorkdirError(f"the save of step {step} did not arrive: {problems[0]}; {self._goes_on()}")
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        return Commit(step, size, time.monotonic() - started)
+        return Commit(step, size, time.monotonic() - started, self._hashing)
 
     def wait(self) -> None:
-        """Return when nothing is being written; raises what a save in the background raised."""
-        self._manager.wait_until_finished()
+        """Return when nothing is being written.
+
+        Raises:
+          WorkdirError: what was being written did not arrive.
+        """
+        with self._loud():
+            self._manager.wait_until_finished()
 
     def restore(self, step: int, state: TrainState) -> TrainState:
         """The state at a step; ``state`` says structure, shapes, dtypes and shardings.
@@ -99,39 +174,154 @@ class Checkpoints:
         Raises:
           CheckpointError: if the step is missing, unreadable, or of another model.
         """
-
-        with _readable(self.directory / str(step)):
-            items = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    params=_wanted(state.params),
-                    ema=_wanted(state.ema),
-                    optimizer=_wanted(_optimizer_item(state)),
-                ),
-            )
+        wanted = {"params": state.params, "ema": state.ema, "optimizer": _optimizer_item(state)}
+        items = {item: restore_item(self.directory, step, item, wanted[item]) for item in TREES}
         return TrainState(params=items["params"], ema=items["ema"], **items["optimizer"])
 
     def close(self) -> None:
         """Wait for what is being written and release the directory."""
-        self._manager.close()
+        with self._loud():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def room(self) -> Iterator[None]:
+        """Where the disk turns out to be full, say what the run goes on from.
+
+        Raises:
+          WorkdirError: an OSError of a full disk, in other words.
+        """
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise WorkdirError(f"{_system_reason(error)}; {self._goes_on()}") from error
+
+    @contextlib.contextmanager
+    def _loud(self) -> Iterator[None]:
+        """A failure of the system in a save, which Orbax raises when it is waited for, is an error of the workdir."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            reason = _system_reason(error)
+            if reason is None:
+                raise
+            step, self._pending = self._pending, None
+            raise WorkdirError(f"the save of step {step and step[0]} failed: {reason}; {self._goes_on()}") from error
+
+    def _goes_on(self) -> str:
+        whole = [step for step in steps_of(self.directory) if not verify(self.directory, step, "fast", ITEMS).problems]
+        where = f"from step {whole[-1]}, the last that is saved" if whole else "from the beginning"
+        return f"make room in {self.directory}, or make it writable, and start again: the run goes on {where}"
+
+    def _write_manifest(self) -> None:
+        """Orbax calls this in its thread when a step is written and not renamed yet."""
+        (growing,) = self.directory.glob(f"*{UNFINISHED}*")
+        self._hashing = manifest.write(growing, ITEMS)
+
+
+# ------------------------------------------------------------------------------------------- which step is to be used
+
+
+def steps_of(directory: Path) -> list[int]:
+    """The steps in ``<workdir>/checkpoints``, oldest first, whether whole or not."""
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+
+
+def verify(directory: Path, step: int, how: str, items: Sequence[str]) -> Report:
+    """Compare items of a step with its manifest; ``how`` is as `manifest.verify` takes it."""
+    folder = directory / str(step)
+    if not (folder / manifest.NAME).exists() and _is_of_before(folder):
+        return Report(step, (), False, 0, 0.0)
+    verdict = manifest.verify(folder, how, items)
+    return Report(step, verdict.problems, True, verdict.bytes, verdict.seconds)
+
+
+def newest_whole(directory: Path, how: str, items: Sequence[str]) -> tuple[Report | None, list[Report]]:
+    """The newest step that is not damaged, and the newer ones that are; None where there is no step at all.
+
+    Raises:
+      CheckpointError: all steps are damaged.
+    """
+    damaged: list[Report] = []
+    for step in reversed(steps_of(directory)):
+        report = verify(directory, step, how, items)
+        if not report.problems:
+            return report, damaged
+        damaged.append(report)
+    if damaged:
+        raise CheckpointError(
+            f"no checkpoint in {directory} can be used: {'; '.join(map(str, damaged))}."
+            " Put one back from a copy, or begin a new run in another --workdir"
+        )
+    return None, []
+
+
+def find_step(directory: Path, step: int | None, how: str, items: Sequence[str]) -> tuple[Report, list[Report]]:
+    """The step to load: the one asked for, or the newest that is not damaged, and the newer ones that are.
+
+    Raises:
+      CheckpointError: it is not there or damaged: another one is never taken for a step that was asked for.
+    """
+    steps = steps_of(directory)
+    if not steps:
+        raise CheckpointError(f"no checkpoint in {directory}: train first, or name another run")
+    there_are = f"there are {', '.join(map(str, steps))}"
+    if step is None:
+        report, damaged = newest_whole(directory, how, items)
+        assert report
+        return report, damaged
+    if step not in steps:
+        raise CheckpointError(f"no checkpoint of step {step} in {directory}; {there_are}")
+    report = verify(directory, step, how, items)
+    if report.problems:
+        raise CheckpointError(f"{directory}: {report}; {there_are}")
+    return report, []
+
+
+def set_aside(directory: Path, step: int) -> Path:
+    """Rename a damaged step, so that it is no step any more; one that was set aside before by its name is removed."""
+    aside = directory / f"{step}{CORRUPT}"
+    shutil.rmtree(aside, ignore_errors=True)
+    return (directory / str(step)).rename(aside)
+
+
+def _is_of_before(folder: Path) -> bool:
+    """Whether a step without a manifest never had one: it is complete, and does not say that it had."""
+    try:
+        complete = all((folder / item).is_dir() for item in ITEMS)
+        return complete and "format" not in restore_metadata(folder.parent, int(folder.name))
+    except CheckpointError:
+        return False
+
+
+# ----------------------------------------------------------------------------------------------------- what is in it
 
 
 def restore_metadata(directory: Path, step: int) -> dict[str, Any]:
     """What was saved as JSON with a step.
 
     Raises:
-      CheckpointError: if the step is unreadable.
+      CheckpointError: it is unreadable, or written by a later release.
     """
-    return _restore_item(directory, step, "metadata", ocp.args.JsonRestore())
+    path = directory / str(step) / "metadata"
+    with _readable(path), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        metadata = checkpointer.restore(path.absolute())
+    if metadata.get("format", FORMAT) > FORMAT:
+        raise CheckpointError(
+            f"{path.parent} has format {metadata['format']}, this release reads {FORMAT} and older: install the one"
+            f" that wrote it, or a later one ({metadata.get('versions', {}).get('dit_jax', 'it does not say which')})"
+        )
+    return metadata
 
 
-def restore_params(directory: Path, step: int, item: str, shapes: Any) -> Any:
-    """Only the parameters of a step: ``item`` is ``ema`` or ``params``; ``shapes`` says shapes, dtypes, shardings.
+def restore_item(directory: Path, step: int, item: str, shapes: Any) -> Any:
+    """A tree of a step: ``item`` is of `TREES`; ``shapes`` says shapes, dtypes and shardings.
 
     Raises:
-      CheckpointError: if the step is unreadable or of another model.
+      CheckpointError: it is unreadable, or of another model, each leaf by name.
     """
-    return _restore_item(directory, step, item, _wanted(shapes))
+    return _restore(directory / str(step) / item, shapes, same_types=True)
 
 
 def save_tree(path: Path, tree: Any) -> None:
@@ -141,31 +331,39 @@ def save_tree(path: Path, tree: Any) -> None:
 
 
 def restore_tree(path: Path, shapes: Any) -> Any:
-    """What `save_tree` wrote, in the types and shardings of ``shapes``.
+    """What `save_tree` wrote, cast to the types of ``shapes`` and in its shardings.
 
     Raises:
-      CheckpointError: if it is unreadable or of another model.
+      CheckpointError: it is unreadable, or of another model, each leaf by name.
     """
+    return _restore(path, shapes, same_types=False)
+
+
+def _restore(path: Path, shapes: Any, same_types: bool) -> Any:
+    wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, shapes)
     with _readable(path), ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path.absolute(), jax.tree.map(ocp.utils.to_shape_dtype_struct, shapes))
-
-
-def _restore_item(directory: Path, step: int, item: str, args: Any) -> Any:
-    options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
-    with (
-        _readable(directory / str(step)),
-        ocp.CheckpointManager(directory.absolute(), item_names=ITEMS, options=options) as manager,
-    ):
-        return manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+        written = checkpointer.metadata(path.absolute()).item_metadata
+        if written is None:
+            raise CheckpointError(f"cannot restore {path}: it is not there, or does not say what is in it")
+        found = named_leaves(written.tree)
+        expected = named_leaves(wanted)
+        wrong = mismatches({name: leaf.shape for name, leaf in found.items()}, expected)
+        wrong += [
+            f"{name} is {found[name].dtype}, expected {leaf.dtype}"
+            for name, leaf in expected.items()
+            if same_types and name in found and found[name].dtype != leaf.dtype
+        ]
+        if wrong:
+            more = [f"and {len(wrong) - LISTED} more"] if len(wrong) > LISTED else []
+            raise CheckpointError(
+                "\n  ".join([f"cannot restore {path}: it is of another model", *wrong[:LISTED], *more])
+            )
+        return checkpointer.restore(path.absolute(), wanted)
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:
     """All of a state but the parameters and their average, which can be restored alone."""
     return {"step": state.step, "opt_state": state.opt_state, "loss_scale": state.loss_scale}
-
-
-def _wanted(tree: Any) -> ocp.args.StandardRestore:
-    return ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
 
 
 @contextlib.contextmanager
@@ -177,17 +375,9 @@ def _readable(path: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot restore {path}: {reason}") from error
 
 
-def find_step(directory: Path, step: int | None) -> int:
-    """The step to load from ``<workdir>/checkpoints``: the one asked for, or the newest.
-
-    Raises:
-      CheckpointError: if it is not there; a missing checkpoint is never a fresh start.
-    """
-    steps: Sequence[int] = sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
-    if not steps:
-        raise CheckpointError(f"no checkpoint in {directory}: train first, or name another run")
-    if step is None:
-        return steps[-1]
-    if step not in steps:
-        raise CheckpointError(f"no checkpoint of step {step} in {directory}; there are {', '.join(map(str, steps))}")
-    return step
+def _system_reason(error: Exception) -> str | None:
+    """What the system said in an error of its own or of tensorstore, which quotes it; None if it said nothing."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else None

@@ -1,0 +1,189 @@
+"""Says what this installation is and has, or what the checkpoints of a run are worth.
+
+    python -m dit_jax.doctor
+    python -m dit_jax.doctor --list=runs/quickstart
+    python -m dit_jax.doctor --verify=runs/quickstart
+
+Without flags: versions, devices, the NVIDIA driver, the compile cache and the disk. ``--list`` shows every checkpoint
+of a run, oldest first, with the loss and the validation error that were written at its step or last before it;
+``--verify`` reads and hashes them all, names every file that is not what was written, and ends with exit code 5 if
+there is one. Nothing is changed.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import stat
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import dit_jax
+from dit_jax.errors import CheckpointError
+from dit_jax.runtime import (
+    compile_cache,
+    git_commit,
+    nvidia_driver,
+    overlooked_gpu,
+    path_of,
+    quiet_libraries,
+    run_program,
+)
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "transformers")
+MIB, GIB = 2**20, 2**30
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program's flags."""
+    parser = argparse.ArgumentParser(prog="python -m dit_jax.doctor", description=__doc__.split("\n")[0])
+    parser.add_argument("--list", type=path_of, metavar="WORKDIR", help="the checkpoints of a run, oldest first")
+    parser.add_argument("--verify", type=path_of, metavar="WORKDIR", help="hash them all; exit code 5: one is damaged")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+
+    def examine() -> None:
+        quiet_libraries()
+        if args.list:
+            print_checkpoints(args.list)
+        if args.verify:
+            verify_checkpoints(args.verify)
+        if not args.list and not args.verify:
+            for line in describe_installation(Path.cwd()):
+                print(line, flush=True)
+
+    run_program(examine, args.traceback, "it needs next to none")
+
+
+# ------------------------------------------------------------------------------------------------------ installation
+
+
+def describe_installation(folder: Path) -> Iterator[str]:
+    """A line for everything that a run depends on; ``folder`` is where it would write."""
+    yield f"dit_jax        {dit_jax.__version__} ({git_commit()}) in {Path(dit_jax.__file__).parent}"
+    system = f"{platform.platform()}, {os.cpu_count()} cores"
+    yield f"Python         {platform.python_version()} ({sys.executable}), {system}"
+    yield f"packages       {', '.join(f'{name} {_version(name)}' for name in PACKAGES)}"
+    accelerators = sorted(
+        {
+            f"{found.name} {found.version}"
+            for found in importlib.metadata.distributions()
+            if (found.name or "").startswith(("jax-cuda", "jax-rocm", "libtpu"))
+        }
+    )
+    yield f"accelerators   {', '.join(accelerators) or 'no plugin of JAX is installed: CPU only'}"
+    yield f"devices        {_devices()}"
+    yield f"NVIDIA driver  {nvidia_driver() or 'none'}"
+    yield f"compile cache  {_describe_cache(compile_cache())}"
+    usage = shutil.disk_usage(folder)
+    writable = "" if os.access(folder, os.W_OK) else ", where nothing can be written"
+    yield f"disk           {usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB are free in {folder}{writable}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "is missing"
+
+
+def _devices() -> str:
+    """What JAX sees, and what to do where it does not see what is there."""
+    import jax
+
+    try:
+        devices = jax.devices()
+        overlooked = overlooked_gpu()
+    except RuntimeError as error:  # a plugin that does not fit the driver
+        return f"JAX cannot start: {str(error).splitlines()[0]}"
+    kinds = Counter(device.device_kind for device in devices)
+    seen = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    return f"{seen}; {overlooked}" if overlooked else seen
+
+
+def _describe_cache(cache: Path) -> str:
+    if not cache.is_dir():
+        return f"{cache}, not made yet"
+    sizes = [file.stat().st_size for file in cache.rglob("*") if file.is_file()]
+    mode = stat.S_IMODE(cache.stat().st_mode)
+    words = f"{cache}, {len(sizes):,} files, {sum(sizes) / MIB:.1f} MiB, mode {mode:04o}"
+    return f"{words}: what is in it is run as code, so close it to others with chmod 700" if mode & 0o022 else words
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def print_checkpoints(workdir: Path) -> None:
+    """A row for every checkpoint of a run, oldest first.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    from dit_jax.training.checkpoint import CORRUPT, ITEMS, verify
+    from dit_jax.training.validation import NAME
+
+    directory, steps = _steps(workdir)
+    print(f"{'step':>10}  {'MiB':>8}  {'loss':>8}  {'validation':>10}  files")
+    for step in steps:
+        report = verify(directory, step, "fast", ITEMS)
+        found = report.problems[0] if report.problems else "complete" if report.verifiable else "not verifiable"
+        loss, validation = (_last_figure(workdir, name, step) for name in ("loss", NAME))
+        print(f"{step:>10}  {_size(directory / str(step)) / MIB:>8.1f}  {loss:>8}  {validation:>10}  {found}")
+    for path in sorted(directory.glob(f"*{CORRUPT}")):
+        print(f"{path.name:>10}  {_size(path) / MIB:>8.1f}  {'':>8}  {'':>10}  damaged and set aside")
+
+
+def verify_checkpoints(workdir: Path) -> None:
+    """Hash all checkpoints of a run, and name every file that is not what was written.
+
+    Raises:
+      CheckpointError: there is none, or one is damaged.
+    """
+    from dit_jax.training.checkpoint import ITEMS, verify
+
+    directory, steps = _steps(workdir)
+    damaged = []
+    for step in steps:
+        report = verify(directory, step, "full", ITEMS)
+        if report.problems:
+            damaged.append(step)
+            for problem in report.problems:
+                print(f"step {step}: {problem}", flush=True)
+        else:
+            print(report, flush=True)
+    if damaged:
+        raise CheckpointError(
+            f"{len(damaged)} of {len(steps)} checkpoints in {directory} are damaged: {', '.join(map(str, damaged))};"
+            " training goes on from the newest that is not, and sets newer ones aside"
+        )
+
+
+def _steps(workdir: Path) -> tuple[Path, list[int]]:
+    from dit_jax.training.checkpoint import steps_of
+
+    directory = workdir / "checkpoints"
+    steps = steps_of(directory)
+    if not steps:
+        raise CheckpointError(f"no checkpoint in {directory}: name the folder of a run")
+    return directory, steps
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _last_figure(workdir: Path, name: str, step: int) -> str:
+    """What ``metrics.jsonl`` has by a name at a step, or last before it; a dash where it has nothing."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut off
+    found = [row[name] for row in rows if row["step"] <= step and row.get(name) is not None]
+    return f"{found[-1]:.4f}" if found else "-"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
