@@ -19,7 +19,7 @@ from configs import default
 
 
 def on_the_shapes_world(recipe: Callable[[ConfigDict], ConfigDict]) -> ConfigDict:
-    """A recipe at the size, and for half the steps, of configs/quickstart.py; five minutes on two CPU cores."""
+    """A recipe at the size, and for half the steps, of configs/quickstart.py."""
     c = default.get_config()
     c.total_steps = 2_000
     c.batch_size = 64
