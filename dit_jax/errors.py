@@ -48,3 +48,10 @@ class FetchError(UserError):
 
     exit_code = 7
     kind = "fetch error"
+
+
+class LostError(UserError):
+    """Another process of the run does not come, or is gone."""
+
+    exit_code = 9
+    kind = "process lost"

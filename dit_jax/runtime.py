@@ -5,7 +5,8 @@
 1      internal error, with its traceback       6      out of memory
 2      usage or config                          7      network or model fetch
 3      data                                     8      workdir full or not writable
-4      diverged (loss or gradient not finite)   130    interrupted (Ctrl-C)
+4      diverged (loss or gradient not finite)   9      another process was lost
+-      -                                        130    interrupted (Ctrl-C)
 =====  =======================================  =====  ====================================
 """
 
@@ -24,8 +25,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dit_jax import processes
 from dit_jax.errors import ConfigError, UserError, WorkdirError
+from dit_jax.processes import Place
 
+INTERNAL = 1
 OUT_OF_MEMORY = 6
 INTERRUPTED = 130
 # What a full disk is called by the system and by tensorstore, whose messages begin with RESOURCE_EXHAUSTED too.
@@ -77,19 +81,25 @@ def run_program(main: Callable[[], None], show_traceback: bool, less_memory: str
     signal.signal(signal.SIGINT, _interrupt_once)
     try:
         main()
+        processes.finish()
     except UserError as error:
         _end(f"{error.kind}: {error}", error.exit_code, show_traceback)
     except KeyboardInterrupt:
         _say_end("interrupted", show_traceback)
+        processes.leave("interrupted", INTERRUPTED)
         sys.stdout.flush()
         # all that was open is closed; threads of XLA, which may compile still, must not see the process taken apart
         os._exit(INTERRUPTED)
     except Exception as error:
+        processes.blame(error)
         said = str(error)
         if any(sign in said for sign in DISK_FULL):
             full = f"{WorkdirError.kind}: the disk is full; make room and start again ({said.splitlines()[0]})"
             _end(full, WorkdirError.exit_code, show_traceback)
         if "RESOURCE_EXHAUSTED" not in said:
+            if processes.count() > 1:
+                traceback.print_exc()
+                processes.leave(repr(error), INTERNAL)
             raise
         _end(f"out of memory: the device cannot hold this; {less_memory}", OUT_OF_MEMORY, show_traceback)
 
@@ -113,6 +123,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def _end(line: str, code: int, show_traceback: bool) -> None:
     _say_end(line, show_traceback)
+    processes.leave(line, code)
     sys.exit(code)
 
 
@@ -122,11 +133,17 @@ def _say_end(line: str, show_traceback: bool) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def set_up(allow_cpu: bool, verbose: bool) -> None:
+def set_up(allow_cpu: bool, verbose: bool, place: Place | None = None) -> None:
     """Quiet the libraries, turn the compile cache on, make random numbers independent of sharding, check the device.
+
+    Args:
+      allow_cpu: run on CPU even beside an NVIDIA device.
+      verbose: leave the libraries their voice.
+      place: of this process among those of a run, whom it joins; None where it is alone.
 
     Raises:
       ConfigError: an NVIDIA device is present, but JAX would run on CPU and nobody asked for that.
+      LostError: other processes do not come.
     """
     if not verbose:
         quiet_libraries()
@@ -142,6 +159,8 @@ def set_up(allow_cpu: bool, verbose: bool) -> None:
             warnings.warn(f"nothing that is compiled is kept: {cache}: {error.strerror}", stacklevel=1)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     jax.config.update("jax_threefry_partitionable", True)
+    if place:
+        processes.start(place)
     if not allow_cpu and (overlooked := overlooked_gpu()):
         raise ConfigError(f"{overlooked}, or pass --allow_cpu")
 

@@ -26,6 +26,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
+from dit_jax import processes
 from dit_jax.errors import CheckpointError, WorkdirError
 from dit_jax.training import manifest
 from dit_jax.training.state import TrainState
@@ -94,8 +95,10 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep_latest: int, keep_every: int):
         self.directory = directory.absolute()
-        for left in self.directory.glob(f"*{UNFINISHED}*"):
-            shutil.rmtree(left)
+        if processes.is_first():
+            for left in self.directory.glob(f"*{UNFINISHED}*"):
+                shutil.rmtree(left)
+        processes.barrier()
         # the whole policy is written out: Orbax drops recency when only a part of it is given
         policies: list[Any] = [LatestN(keep_latest), *([EveryNSteps(keep_every)] if keep_every else [])]
         self._manager = ocp.CheckpointManager(
@@ -145,6 +148,8 @@ class Checkpoints:
     def committed(self) -> Commit | None:
         """The save that was committed since the last call, if any; does not wait.
 
+        Of several processes the first looks and tells.
+
         Raises:
           WorkdirError: it did not arrive.
         """
@@ -152,6 +157,8 @@ class Checkpoints:
             return None
         self.wait()
         (step, started), self._pending = self._pending, None
+        if not processes.is_first():
+            return None
         path = self.directory / str(step)
         problems = manifest.verify(path, "fast", ITEMS).problems
         if problems:
@@ -305,7 +312,12 @@ def restore_metadata(directory: Path, step: int) -> dict[str, Any]:
       CheckpointError: it is unreadable, or written by a later release.
     """
     path = directory / str(step) / "metadata"
-    with _readable(path), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+    # whichever process asks: Orbax would wait for the others
+    mine = ocp.options.MultiprocessingOptions(
+        primary_host=processes.index(), active_processes={processes.index()}, barrier_sync_key_prefix=f"{path.parent}"
+    )
+    reader = ocp.Checkpointer(ocp.JsonCheckpointHandler(multiprocessing_options=mine), multiprocessing_options=mine)
+    with _readable(path), reader as checkpointer:
         metadata = checkpointer.restore(path.absolute())
     if metadata.get("format", FORMAT) > FORMAT:
         raise CheckpointError(

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from dit_jax import processes
 from dit_jax.data.cache.parts import Unit
 from dit_jax.errors import DivergedError
 from dit_jax.training.loss_scale import FLOOR
@@ -182,8 +183,8 @@ class EncodingCounter:
 
 
 def shows_bars() -> bool:
-    """Whether somebody watches: on a terminal or in a notebook."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    """Whether somebody watches: on a terminal or in a notebook; of several processes, the first."""
+    return processes.is_first() and (sys.stderr.isatty() or "ipykernel" in sys.modules)
 
 
 def check_finite(step: int, metrics: Mapping[str, float | jax.Array]) -> None:
