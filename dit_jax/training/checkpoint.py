@@ -363,7 +363,7 @@ def _restore(path: Path, shapes: Any, same_types: bool) -> Any:
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:
     """All of a state but the parameters and their average, which can be restored alone."""
-    return {"step": state.step, "opt_state": state.opt_state, "loss_scale": state.loss_scale}
+    return {name: getattr(state, name) for name in ("step", "opt_state", "loss_scale", "skips")}
 
 
 @contextlib.contextmanager

@@ -35,6 +35,12 @@ def truncate_rows(path: Path, last_step: int) -> None:
     os.replace(temporary, path)
 
 
+def has_row(path: Path, step: int, name: str) -> bool:
+    """Whether a JSON-lines file has something by a name at a step."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return any(row["step"] == step and name in row for row in map(json.loads, lines))
+
+
 class Writer:
     """Writes rows of numbers by step.
 
