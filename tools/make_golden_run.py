@@ -20,7 +20,7 @@ import numpy as np
 from dit_jax import train
 from dit_jax.runtime import set_up
 from dit_jax.training import loss_scale
-from dit_jax.training.checkpoint import FORMAT
+from dit_jax.training.saved_steps import FORMAT
 from dit_jax.training.state import TrainState
 from dit_jax.trees import named_leaves
 from tests.tiny_run import tiny_config

@@ -16,7 +16,8 @@ from dit_jax import build, train
 from dit_jax.config import flatten, load_config, read_run
 from dit_jax.sample import Pipeline
 from dit_jax.sharding import make_mesh, replicated
-from dit_jax.training.checkpoint import FORMAT, ITEMS, Checkpoints, find_step
+from dit_jax.training.checkpoint import Checkpoints
+from dit_jax.training.saved_steps import FORMAT, ITEMS, find_step
 from dit_jax.training.state import abstract_state
 from dit_jax.trees import named_leaves
 from tests.tiny_run import tiny_config
