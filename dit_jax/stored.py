@@ -28,8 +28,9 @@ from dit_jax.config import TRAINED, flatten, read_run
 from dit_jax.encoders import places
 from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.sharding import make_mesh, replicated, with_sharding
-from dit_jax.training.checkpoint import find_step, restore_item, restore_metadata, restore_tree, save_tree
+from dit_jax.training.checkpoint import restore_item, restore_tree, save_tree
 from dit_jax.training.init_from import transfer
+from dit_jax.training.saved_steps import find_step, restore_metadata
 from dit_jax.training.state import TrainState, init_params
 from dit_jax.trees import mismatches, named_leaves
 

@@ -41,10 +41,11 @@ from dit_jax.resolve import resolve
 from dit_jax.runtime import git_commit, writable, write_whole
 from dit_jax.sharding import make_mesh, put_batch
 from dit_jax.stored import Trained, begin_from, open_origin
-from dit_jax.training.checkpoint import ITEMS, Checkpoints, newest_whole, restore_metadata, set_aside
+from dit_jax.training.checkpoint import Checkpoints
 from dit_jax.training.divergence import block_norms, write_report
 from dit_jax.training.loop import Due, Duty, Loop
 from dit_jax.training.progress import Progress, describe_bad
+from dit_jax.training.saved_steps import ITEMS, newest_whole, restore_metadata, set_aside
 from dit_jax.training.state import TrainState, abstract_state, init_state
 from dit_jax.training.status import Status
 from dit_jax.training.step import TrainStep

@@ -21,18 +21,17 @@ from dit_jax.errors import CheckpointError, WorkdirError
 from dit_jax.sample import Pipeline
 from dit_jax.sharding import make_mesh, replicated, with_sharding
 from dit_jax.training import manifest
-from dit_jax.training.checkpoint import (
+from dit_jax.training.checkpoint import Checkpoints, restore_item
+from dit_jax.training.loss_scale import LossScale
+from dit_jax.training.saved_steps import (
     ITEMS,
-    Checkpoints,
     find_step,
     newest_whole,
-    restore_item,
     restore_metadata,
     set_aside,
     steps_of,
     verify,
 )
-from dit_jax.training.loss_scale import LossScale
 from dit_jax.training.skips import Skips
 from dit_jax.training.state import TrainState
 from tests.test_train import assert_same_run
