@@ -11,6 +11,7 @@
 
 import argparse
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -135,7 +136,9 @@ def set_up(allow_cpu: bool, verbose: bool) -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = compile_cache()
         try:
-            cache.mkdir(parents=True, exist_ok=True)
+            cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if hasattr(os, "getuid") and cache.stat().st_uid != os.getuid():  # Windows has none
+                raise PermissionError(errno.EACCES, "it is another user's, and what is in it is run as code")
             cache.chmod(0o700)
             jax.config.update("jax_compilation_cache_dir", str(cache))
         except OSError as error:

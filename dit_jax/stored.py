@@ -188,6 +188,8 @@ def _verified(directory: Path, step: int | None, parameters: str, config: Config
     if not report.verifiable:
         warnings.warn(f"{directory}: {report}", stacklevel=3)
     metadata = restore_metadata(directory, report.step)
+    if not all(isinstance(metadata.get(name), str) for name in ("data", *ENCODERS)):
+        raise CheckpointError(f"{directory}: step {report.step} does not say what its parameters came from")
     return Trained(report.step, parameters, **{name: metadata[name] for name in ("data", *ENCODERS)})
 
 
@@ -201,7 +203,9 @@ def _read_trained(path: Path) -> Trained | None:
         should = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
         raise CheckpointError(f"{path} is damaged: its section {TRAINED!r} should hold {should}")
     if found["parameters"] not in ITEM:
-        raise CheckpointError(f"{path} is damaged: parameters {found['parameters']!a:.50} are none of {', '.join(ITEM)}")
+        raise CheckpointError(
+            f"{path} is damaged: parameters {found['parameters']!a:.50} are none of {', '.join(ITEM)}"
+        )
     return Trained(**found)
 
 

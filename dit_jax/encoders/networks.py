@@ -90,7 +90,10 @@ VALID: dict[type, tuple[Callable[[Any], bool], str]] = {
         lambda value: isinstance(value, list | tuple) and bool(value) and all(map(VALID[int][0], value)),
         "a list of whole numbers of 1 or more",
     ),
-    type(None): (lambda value: value is None or (type(value) in (int, float) and abs(value) < HUGE), "a number or null"),
+    type(None): (
+        lambda value: value is None or (type(value) in (int, float) and abs(value) < HUGE),
+        "a number or null",
+    ),
 }
 HUGE = 1e30
 # How much of everything there may be: a layer is a module of its own, and a stage doubles a side. Ten times what there

@@ -38,6 +38,8 @@ TREES = ("params", "ema", "optimizer")
 ITEMS = (*TREES, "metadata")
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a step that is being written, or was when its process ended
 CORRUPT = ".corrupt"
+# What Orbax lets out where a file is not what it should be; not what a device's memory ends in.
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, no quota left, no larger file allowed
 
 
@@ -307,6 +309,8 @@ def restore_metadata(directory: Path, step: int) -> dict[str, Any]:
     path = directory / str(step) / "metadata"
     with _readable(path), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         metadata = checkpointer.restore(path.absolute())
+    if not isinstance(metadata, dict) or type(metadata.get("format", FORMAT)) is not int:
+        raise CheckpointError(f"{path} is damaged: it holds no JSON object with a number as its format")
     if metadata.get("format", FORMAT) > FORMAT:
         raise CheckpointError(
             f"{path.parent} has format {metadata['format']}, this release reads {FORMAT} and older: install the one"
@@ -370,7 +374,7 @@ def _optimizer_item(state: TrainState) -> dict[str, Any]:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, KeyError, OSError) as error:
+    except (*UNREADABLE, OSError) as error:
         reason = " ".join(str(error).split())[:SHOWN] or type(error).__name__
         raise CheckpointError(f"cannot restore {path}: {reason}") from error
 

@@ -166,7 +166,7 @@ def _view(mapped: mmap.mmap, start: int, name: str, entry: Any) -> np.ndarray:
         raise ValueError(f"{name!r} has {len(shape)} axes")
     if end > len(mapped) - start or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name!r} {tuple(shape)} does not lie at its bytes {begin} to {end}")
-    if dtype == bool and mapped[start + begin : start + end].translate(None, b"\0\1"):
+    if entry["dtype"] == "BOOL" and mapped[start + begin : start + end].translate(None, b"\0\1"):
         raise ValueError(f"{name!r} holds more than 0 and 1")
     return np.ndarray(tuple(shape), dtype, mapped, start + begin)
 
