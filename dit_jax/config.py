@@ -294,10 +294,10 @@ def _parse(key: str, text: str, old: Any) -> Any:
         if kind is tuple:
             value = ast.literal_eval(text) if text[:1] in ("(", "[") else tuple(text.split(",")) if text else ()
             values = value if isinstance(value, tuple | list) else [value]
-            return tuple(values) if key in WORDS else tuple(float(one) for one in values)
+            return tuple((str if key in WORDS else float)(one) for one in values)
         return kind(text.replace("_", "") if kind is int else text)
-    except (ValueError, KeyError, SyntaxError, TypeError) as error:
-        raise ConfigError(f"{key} takes a {kind.__name__}, not {text!r} (it is {old!r})") from error
+    except (ValueError, KeyError, SyntaxError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"{key} takes a {kind.__name__}, not {text!r:.200} (it is {old!r})") from error
 
 
 # ----------------------------------------------------------------------------------------------------- comparing

@@ -1,7 +1,7 @@
 """Bytes that somebody else wrote, or a disk changed: read with limits on their size and depth.
 
 What is too large or too deep is a ValueError in one line, like what is no JSON at all. Nothing is read past a limit, so
-that it costs neither memory nor time, and what is read is not deep enough to make a function that descends into it fail.
+that it costs neither memory nor time, and what is read is never too deep for a function that descends into it.
 """
 
 import json

@@ -198,14 +198,12 @@ def _read_trained(path: Path) -> Trained | None:
     found = foreign.read_json(path).get(TRAINED)
     if found is None:
         return None
-    kinds = {field.name: field.type for field in fields(Trained)}
+    kinds: dict[str, Any] = {field.name: field.type for field in fields(Trained)}
     if not isinstance(found, dict) or {name: type(value) for name, value in found.items()} != kinds:
         should = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
         raise CheckpointError(f"{path} is damaged: its section {TRAINED!r} should hold {should}")
-    if found["parameters"] not in ITEM:
-        raise CheckpointError(
-            f"{path} is damaged: parameters {found['parameters']!a:.50} are none of {', '.join(ITEM)}"
-        )
+    if (named := found["parameters"]) not in ITEM:
+        raise CheckpointError(f"{path} is damaged: its parameters are {named!a:.50}, and can be {', '.join(ITEM)}")
     return Trained(**found)
 
 
