@@ -120,7 +120,9 @@ def _end(line: str, code: int, show_traceback: bool) -> None:
 def _say_end(line: str, show_traceback: bool) -> None:
     if show_traceback:
         traceback.print_exc()
-    print(line, file=sys.stderr, flush=True)
+    # what a stranger's file is called, or says, must not write to a terminal as it likes
+    shown = "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in line)
+    print(shown, file=sys.stderr, flush=True)
 
 
 def set_up(allow_cpu: bool, verbose: bool) -> None:
