@@ -13,6 +13,7 @@
 
 import argparse
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -138,7 +139,9 @@ def _end_at_once(line: str, code: int, show_traceback: bool) -> None:
 def _say_end(line: str, show_traceback: bool) -> None:
     if show_traceback:
         traceback.print_exc()
-    print(line, file=sys.stderr, flush=True)
+    # what a stranger's file is called, or says, must not write to a terminal as it likes
+    shown = "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in line)
+    print(shown, file=sys.stderr, flush=True)
 
 
 def set_up(allow_cpu: bool, verbose: bool) -> None:
@@ -154,7 +157,9 @@ def set_up(allow_cpu: bool, verbose: bool) -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = compile_cache()
         try:
-            cache.mkdir(parents=True, exist_ok=True)
+            cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if hasattr(os, "getuid") and cache.stat().st_uid != os.getuid():  # Windows has none
+                raise PermissionError(errno.EACCES, "it is another user's, and what is in it is run as code")
             cache.chmod(0o700)
             jax.config.update("jax_compilation_cache_dir", str(cache))
         except OSError as error:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_jax.errors import DivergedError, PreemptedError
+from dit_jax.foreign import read_json
 from dit_jax.runtime import write_whole
 
 NAME = "STATUS.json"
@@ -98,7 +99,7 @@ def _now() -> str:
 def _read(path: Path) -> dict[str, Any]:
     """The status that an earlier process left; empty if there is none that can be read."""
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
         datetime.fromisoformat(found["begun"])
         return {**found, "restarts": int(found["restarts"])}
     except (OSError, ValueError, KeyError, TypeError):
