@@ -6,6 +6,7 @@ class UserError(Exception):
 
     exit_code = 1
     kind = "error"
+    of_all = False  # whether every process of a run ends by it, at the same step
 
 
 class ConfigError(UserError):
@@ -27,6 +28,7 @@ class DivergedError(UserError):
 
     exit_code = 4
     kind = "diverged"
+    of_all = True
 
 
 class WorkdirError(UserError):
@@ -51,7 +53,15 @@ class FetchError(UserError):
 
 
 class LostError(UserError):
-    """Another process of the run does not come, or is gone."""
+    """Another process of the run, or the device, does not answer any more."""
 
     exit_code = 9
-    kind = "process lost"
+    kind = "lost"
+
+
+class PreemptedError(UserError):
+    """The program was told to end before it was done; what it had done is saved, and it can be started again."""
+
+    exit_code = 75
+    kind = "preempted"
+    of_all = True

@@ -30,6 +30,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dit_jax.errors import ConfigError, LostError
 
 PATIENCE = 300.0  # seconds for all processes to come
@@ -238,6 +240,37 @@ def of_first(value: Any) -> Any:
     if is_first():
         _group.client.key_value_set(key, json.dumps(value))
     return json.loads(_group.client.blocking_key_value_get(key, FOREVER * 1000))
+
+
+class Agreement:
+    """The largest of the numbers that all processes say after a step, heard after the next one.
+
+    So no device waits for it: when the answer is fetched, the step behind it is on its way. Every process asks equally
+    often, and all get the same answers.
+    """
+
+    def __init__(self) -> None:
+        import jax
+
+        from dit_jax.sharding import batch_sharding, make_mesh, replicated
+
+        mesh = make_mesh(jax.devices())
+        self._here, self._spread = jax.local_device_count(), batch_sharding(mesh)
+        self._largest = jax.jit(lambda numbers: numbers.max(), out_shardings=replicated(mesh))
+        self._late: jax.Array | None = None  # the answer that is to be fetched
+
+    def __call__(self, number: int) -> int:
+        """Say a number, 0 or more, after a step; returns the largest of the step before, 0 at first."""
+        import jax
+
+        mine = np.full(self._here, number, np.int32)
+        late, self._late = self._late, self._largest(jax.make_array_from_process_local_data(self._spread, mine))
+        return 0 if late is None else int(late)
+
+
+def agreement() -> Agreement | None:
+    """What the processes agree by; None where there is no other."""
+    return None if _group.client is None else Agreement()
 
 
 # -------------------------------------------------------------------------------------------- watching the others

@@ -21,7 +21,6 @@ from tests.noise_pictures import SQUARE, TALL, WIDE, draw_noise
 from tests.tiny_run import tiny_config, train_tiny
 from tests.toy import randomise
 
-
 ALL = range(4)  # rows of a batch
 
 
