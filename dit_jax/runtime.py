@@ -1,13 +1,5 @@
 """How every program starts and ends: devices, compile cache, quiet libraries, exit codes.
 
-0      done                                     5      checkpoint unusable
-1      internal error, with its traceback       6      out of memory
-2      usage or config                          7      network or model fetch
-3      data                                     8      workdir full or not writable
-4      diverged (loss or gradient not finite)   9      another process was lost
--      -                                        130    interrupted (Ctrl-C)
-=====  =======================================  =====  ====================================
-=======
 =====  =======================================  =====  ==============================================
 0      done                                     7      network or model fetch
 1      internal error, with its traceback       8      workdir full or not writable
@@ -36,14 +28,12 @@ from pathlib import Path
 from typing import Any
 
 from dit_jax import processes
-from dit_jax.errors import ConfigError, PreemptedError, UserError, WorkdirError
+from dit_jax.errors import SIGNALS, ConfigError, PreemptedError, UserError, WorkdirError
 from dit_jax.processes import Place
 
 INTERNAL = 1
 OUT_OF_MEMORY = 6
 INTERRUPTED = 130
-# What asks a program to end. Schedulers send the latter two before they take a machine away; Windows has no SIGUSR1.
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 # What a full disk is called by the system and by tensorstore, whose messages begin with RESOURCE_EXHAUSTED too.
 DISK_FULL = ("No space left", "os_error_code='28'", "Disk quota")
 
@@ -132,13 +122,6 @@ def writable(folder: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or error
         raise WorkdirError(f"cannot write to {folder}: {reason}; give another folder") from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is either the old one or the new one, whenever the process ends."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _end(line: str, code: int, show_traceback: bool, of_all: bool) -> None:

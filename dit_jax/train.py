@@ -1,6 +1,7 @@
 """Trains a model: one call, `run`, from a config to a finished workdir.
 
-    workdir/  config.json  checkpoints/<step>/  metrics.jsonl  timing.jsonl  tb/  samples/  bad_records.jsonl
+    workdir/  config.json  checkpoints/<step>/  metrics.jsonl  timing.jsonl  tb/  samples/  STATUS.json
+              bad_records.jsonl, diverged/, logs/ where there was something to tell
 
 Several processes call it alike (`dit_jax.processes`); the first of them writes and says what there is to say.
 
@@ -16,6 +17,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,9 +40,10 @@ from dit_jax.drawing.pipeline import Pipeline
 from dit_jax.encoders import VAE, TextEncoder
 from dit_jax.errors import ConfigError, DivergedError, FetchError
 from dit_jax.feed import open_feed, open_validation
+from dit_jax.foreign import write_whole
 from dit_jax.models.flops import peak_flops, training_flops
 from dit_jax.resolve import resolve
-from dit_jax.runtime import git_commit, writable, write_whole
+from dit_jax.runtime import git_commit, writable
 from dit_jax.sharding import make_mesh, put_batch
 from dit_jax.stored import Trained, begin_from, open_origin
 from dit_jax.training.checkpoint import Checkpoints
@@ -77,10 +80,12 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
     Raises:
       ConfigError: values that cannot be, or a workdir that belongs to another config, data or encoders.
       DataError: a data set that cannot be read.
-      DivergedError: the loss or its gradient is not finite; nothing is saved after it.
+      DivergedError: too many steps in a row whose loss or gradient is not finite; none of them is saved.
+      PreemptedError, KeyboardInterrupt: it was told to stop; the last step that was done is saved.
       CheckpointError: there are checkpoints, but none that can be used.
       WorkdirError: a workdir that cannot be written to or is full; what was said to be saved is.
     """
+    begun = datetime.now(UTC)
     deadline = time.monotonic() + 3600 * config.max_hours if config.max_hours else None
     due = Due(config.save_every, config.validate_every, config.sample_every, config.total_steps)
 
@@ -141,7 +146,7 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
     with (
         checkpoints.room(),
         closing(checkpoints),
-        Status(workdir, start, config.total_steps, spent) as status,
+        Status(workdir, start, config.total_steps, spent, begun) as status,
         closing(make_writer(config, workdir, start, watch)) as writer,
         closing(make_progress(config, writer, start, training_flops(model, side, side), mesh)) as progress,
     ):
