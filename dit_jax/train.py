@@ -183,19 +183,19 @@ def loop(
         state, metrics = train_steps[batch["mean"].shape[1:3]](state, batch)
         progress.step(step, metrics)
         last = step == config.total_steps
-        # before the step is saved: a run that is killed in between goes on from it, and must have this row
+        # before the step is saved: a run that is killed in between goes on from it, and must have this row and this grid
         if validate and (last or is_due(step, config.validate_every)):
             with progress.aside():
                 check_finite(step, metrics)
                 progress.say(validate(state.ema, step))
+        if config.sample_every and (last or is_due(step, config.sample_every)):
+            with progress.aside():
+                progress.say(f"samples of step {step}: {draw(state.ema, step)}")
         if step == steps[-1] or is_due(step, config.save_every):
             with progress.aside():
                 check_finite(step, metrics)
                 report(checkpoints.save(state, metadata))
                 progress.say(f"saving step={step}")
-        if config.sample_every and (last or is_due(step, config.sample_every)):
-            with progress.aside():
-                progress.say(f"samples of step {step}: {draw(state.ema, step)}")
         report(checkpoints.committed())
     checkpoints.wait()
     report(checkpoints.committed())

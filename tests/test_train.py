@@ -307,7 +307,7 @@ def test_a_run_that_is_resumed_has_the_rows_of_one_that_is_not(validated, tmp_pa
     assert_same_run(validated[0], tmp_path, 10)
 
 
-def test_a_run_killed_while_a_step_is_saved_goes_on_with_all_of_its_rows(validated, tmp_path, monkeypatch):
+def test_a_run_killed_while_a_step_is_saved_goes_on_with_all_that_came_before(validated, tmp_path, monkeypatch):
     """Whatever is on disk when a step is saved must hold what came before."""
 
     def killed(self, state, identity):
@@ -316,8 +316,9 @@ def test_a_run_killed_while_a_step_is_saved_goes_on_with_all_of_its_rows(validat
     train_tiny(tmp_path, **VALIDATED, stop_at_step="7")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(train.Checkpoints, "save", killed)
-        train_tiny(tmp_path, **VALIDATED, save_every="8")
+        train_tiny(tmp_path, **VALIDATED | {"sample_every": "8"}, save_every="8")
     assert [row["step"] for row in validation_rows(tmp_path)] == [4, 8]
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["00000008.png"]
 
 
 def test_validating_changes_nothing_of_the_training(validated, tmp_path):

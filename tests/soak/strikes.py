@@ -42,7 +42,7 @@ PHASES = {
     "after the rename": Phase(lambda p: p.newest() > p.saved, 0.0, True),
     "deletion": Phase(lambda p: bool(p.deleting()), 0.0, True),
     "sampling": Phase(lambda p: _begun(p, SAMPLE, "samples of step {}:"), 0.1, True),
-    "validation": Phase(lambda p: _begun(p, VALIDATE, "validation step={} "), 0.02, True),
+    "validation": Phase(lambda p: _begun(p, VALIDATE, "validation step={} "), 0.01, True),
     "end": Phase(lambda p: p.saving == TOTAL, 1.5, False),
 }
 
