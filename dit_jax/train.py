@@ -183,7 +183,7 @@ def loop(
         state, metrics = train_steps[batch["mean"].shape[1:3]](state, batch)
         progress.step(step, metrics)
         last = step == config.total_steps
-        # before the step is saved: a run that is killed in between goes on from it, and must have this row and this grid
+        # before the step is saved: a run that is killed in between goes on from it, and must have this row and grid
         if validate and (last or is_due(step, config.validate_every)):
             with progress.aside():
                 check_finite(step, metrics)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from dit_jax.training import manifest
 from dit_jax.training.checkpoint import ITEMS, UNFINISHED, steps_of
@@ -27,20 +28,42 @@ NUMBERS = {
 }
 
 
+class Plan(NamedTuple):
+    """How many steps a run has, and how many are between two saves, grids of samples, and validations."""
+
+    total: int
+    save: int
+    sample: int
+    validate: int
+
+    def config(self) -> dict[str, str]:
+        """The keys of the config that say so."""
+        return {
+            "total_steps": str(self.total),
+            "save_every": str(self.save),
+            "sample_every": str(self.sample),
+            "validate_every": str(self.validate),
+            "data.validation_fraction": "0.2",
+            "log_every": "1",  # so that the last step that was done is seen
+            "keep_latest": "2",  # so that there is something to delete
+        }
+
+
 class Program:
     """One start of ``python -m dit_jax.main``.
 
     Attributes:
       workdir: of the run.
+      plan: of the run; its flags say the same.
       lines: what was printed so far, warnings and errors too.
       resumed: the step that it goes on from; 0 for a new run, and as long as it has not said so.
-      step: the last step that was logged; ``log_every`` has to be 1.
+      step: the last step that was logged, or that it goes on from.
       saving, saved: the last steps that it called so.
       torn: steps that were there in part when it was started.
     """
 
-    def __init__(self, workdir: Path, flags: Sequence[str], environment: Mapping[str, str]):
-        self.workdir = workdir
+    def __init__(self, workdir: Path, plan: Plan, flags: Sequence[str], environment: Mapping[str, str]):
+        self.workdir, self.plan = workdir, plan
         self.lines: list[str] = []
         self.resumed = self.step = self.saving = self.saved = 0
         self.torn = incomplete(self.checkpoints)
@@ -95,11 +118,11 @@ class Program:
         """The newest step on disk, 0 if there is none."""
         return max(steps_of(self.checkpoints), default=0)
 
-    def catches(self, number: signal.Signals) -> bool:
-        """Whether it has a handler for a signal; Linux."""
+    def listens(self) -> bool:
+        """Whether it has a handler for SIGTERM by now; seen on Linux only."""
         with contextlib.suppress(OSError):
-            status = Path(f"/proc/{self._process.pid}/status").read_text()
-            return bool(int(re.search(r"^SigCgt:\s*(\w+)", status, re.MULTILINE)[1], 16) >> (number - 1) & 1)
+            caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{self._process.pid}/status").read_text(), re.MULTILINE)
+            return bool(caught) and bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
         return False
 
     # ---- what is done to it
@@ -116,9 +139,9 @@ class Program:
         return False
 
     def send(self, number: signal.Signals) -> None:
-        """To the process alone, not to its workers."""
-        if not self.ended:
-            os.kill(self._process.pid, number)
+        """To the process and its workers, as terminals and schedulers do; SIGKILL to the process alone."""
+        with contextlib.suppress(ProcessLookupError):
+            (os.kill if number == signal.SIGKILL else os.killpg)(self._process.pid, number)
 
     def end(self, seconds: float = PATIENCE) -> int:
         """Wait for its end and return the exit code, minus the number of the signal that killed it.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from tests.soak.program import Program
 
-TOTAL, SAVE, SAMPLE, VALIDATE = 300, 20, 60, 50  # steps of the run that is hurt, and between what it does
+AGAIN = 0.05  # seconds between two signals, to one who has not ended yet
 
 
 class Phase(NamedTuple):
@@ -28,7 +28,7 @@ class Phase(NamedTuple):
 def _begun(program: Program, every: int, done: str) -> bool:
     """Whether it has logged a step at which something is due, and not yet that this is done."""
     step = program.step
-    return (step % every == 0 or step == TOTAL) and not program.said(done.format(step))
+    return (step % every == 0 or step == program.plan.total) and not program.said(done.format(step))
 
 
 PHASES = {
@@ -41,41 +41,53 @@ PHASES = {
     "before the rename": Phase(lambda p: bool(p.hashed()), 0.0, True),
     "after the rename": Phase(lambda p: p.newest() > p.saved, 0.0, True),
     "deletion": Phase(lambda p: bool(p.deleting()), 0.0, True),
-    "sampling": Phase(lambda p: _begun(p, SAMPLE, "samples of step {}:"), 0.1, True),
-    "validation": Phase(lambda p: _begun(p, VALIDATE, "validation step={} "), 0.01, True),
-    "end": Phase(lambda p: p.saving == TOTAL, 1.5, False),
+    "sampling": Phase(lambda p: _begun(p, p.plan.sample, "samples of step {}:"), 0.1, True),
+    "validation": Phase(lambda p: _begun(p, p.plan.validate, "validation step={} "), 0.01, True),
+    "end": Phase(lambda p: p.saving == p.plan.total, 1.5, False),
 }
 
 
 class Strike(NamedTuple):
-    """A signal in a phase; in one of the loop, not before step ``after``."""
+    """Signals, one soon after the other, in a phase; in one of the loop, not before step ``after``."""
 
-    number: signal.Signals
+    signals: tuple[signal.Signals, ...]
     phase: str
     after: int
 
     def __str__(self) -> str:
-        return f"{self.number.name} in {self.phase}" + (f" after step {self.after}" if self.after else "")
+        what = " and ".join(number.name for number in self.signals)
+        return f"{what} in {self.phase}" + (f" after step {self.after}" if self.after else "")
+
+    def now(self, program: Program) -> bool:
+        """Whether the program is where the strike is to hit it."""
+        phase = PHASES[self.phase]
+        if phase.in_loop and program.step < max(self.after, program.resumed + 1):
+            return False
+        if self.signals[0] != signal.SIGKILL and not program.lines and not program.listens():
+            return False  # who has only begun to be is killed by any signal, as nothing of ours runs yet
+        return phase.now(program)
+
+    def falls(self, program: Program, choose: random.Random) -> bool | None:
+        """Wait for the moment and strike; returns whether the phase was not over. None: the program came to its end."""
+        if not program.wait_for(lambda: self.now(program)):
+            return None
+        program.wait_for(lambda: not self.now(program), choose.uniform(0, PHASES[self.phase].seconds))
+        if program.ended:
+            return None
+        hit = self.now(program)
+        for i, number in enumerate(self.signals):
+            if i:
+                program.wait_for(lambda: False, AGAIN)
+            program.send(number)
+        return hit
 
 
-def wait_for(program: Program, strike: Strike, choose: random.Random) -> bool:
-    """Returns at the moment of the strike; False if the program ended before it came."""
-    phase = PHASES[strike.phase]
-
-    def now() -> bool:
-        begun = not phase.in_loop or program.step >= max(strike.after, program.resumed + 1)
-        return begun and phase.now(program)
-
-    if not program.wait_for(now):
-        return False
-    program.wait_for(lambda: not phase.now(program), choose.uniform(0, phase.seconds))
-    return not program.ended
-
-
-def spread(phases: Sequence[str], numbers: Sequence[signal.Signals], choose: random.Random) -> list[Strike]:
+def spread(
+    phases: Sequence[str], signals: Sequence[tuple[signal.Signals, ...]], total: int, choose: random.Random
+) -> list[Strike]:
     """Strikes in these phases, one after the other, spread over the steps of a run."""
-    part = TOTAL / (len(phases) + 1)
+    part = total / (len(phases) + 1)
     return [
-        Strike(number, phase, int(part * (i + choose.random())) if PHASES[phase].in_loop else 0)
-        for i, (phase, number) in enumerate(zip(phases, numbers, strict=True))
+        Strike(numbers, phase, int(part * (i + choose.random())) if PHASES[phase].in_loop else 0)
+        for i, (phase, numbers) in enumerate(zip(phases, signals, strict=True))
     ]
