@@ -60,7 +60,7 @@ class Survivor:
 
     def suffers(self, strike: Strike, choose: random.Random) -> bool:
         """Start it and strike; returns whether the strike fell before the run was over."""
-        program = self._start()
+        program = self.start()
         before = program.newest()
         hit = strike.falls(program, choose)
         if len(strike.signals) > 1:
@@ -89,7 +89,7 @@ class Survivor:
 
     def ends(self) -> Path:
         """Start it a last time, and let it end; returns its workdir."""
-        program = self._start()
+        program = self.start()
         code = program.end()
         assert code == 0, f"exit code {code}\n{program}"
         self._check_begin(program)
@@ -100,7 +100,8 @@ class Survivor:
         assert_same_run(other, self.ends(), self._plan.total)
         assert _files(self.workdir) == _files(other)
 
-    def _start(self) -> Program:
+    def start(self) -> Program:
+        """Start it, by the same command as ever."""
         self.starts += 1
         return Program(self.workdir, self._plan, self._flags, self._environment)
 

@@ -1,6 +1,6 @@
 """A run that is killed or told to stop at any moment loses little, needs no human, and ends as one that was not.
 
-The quick tests strike one run eight times; those of the soak strike fifty and thirty times, in runs of ten strikes.
+The quick test strikes one run seven times, those of the soak strike many runs ten times each.
 """
 
 import itertools
@@ -15,24 +15,23 @@ from tests.soak.program import Plan
 from tests.soak.strikes import PHASES, Strike, spread
 from tests.soak.survival import Outcome, Survivor, summary
 
-SHORT = Plan(total=80, save=10, sample=40, validate=30)
+SHORT = Plan(total=60, save=10, sample=20, validate=0)
 LONG = Plan(total=300, save=20, sample=60, validate=50)
 READING = ({}, {"data.encode": "every_step", "data.workers": "2"})
 SEED = 0
 ROUND = 10  # strikes of a run
 
 
-def test_a_run_that_is_struck_eight_times_ends_as_one_that_is_not(tmp_path):
-    """What is over in a moment, and what comes early: a start is most of what a strike costs."""
+def test_a_run_that_is_struck_seven_times_ends_as_one_that_is_not(tmp_path):
+    """Where it hurts most. A start is most of what a strike costs, so that here are few."""
     choose, run = random.Random(SEED), Survivor(tmp_path / "run", SHORT, {}, {})
     for strike in (
         Strike((SIGINT,), "compile", 0),
         Strike((SIGKILL,), "before the rename", 11),
-        Strike((SIGKILL,), "deletion", 22),
-        Strike((SIGTERM,), "step", 33),
-        Strike((SIGUSR1,), "sampling", 34),
-        Strike((SIGTERM, SIGTERM), "save", 50),
-        Strike((SIGKILL,), "after the rename", 61),
+        Strike((SIGUSR1,), "sampling", 12),
+        Strike((SIGKILL,), "deletion", 25),
+        Strike((SIGTERM, SIGTERM), "save", 35),
+        Strike((SIGKILL,), "after the rename", 40),
         Strike((SIGKILL,), "end", 0),
     ):
         assert run.suffers(strike, choose), strike
