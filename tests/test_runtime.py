@@ -77,3 +77,17 @@ run_program(main, False, "")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout, done.stderr) == (130, "the checkpoint\n", "interrupted\n")
+
+
+def test_writes_of_a_failed_save_that_nobody_waits_for_are_not_shown():
+    program = """
+import asyncio
+from dit_jax.runtime import quiet_libraries
+
+quiet_libraries()
+loop = asyncio.new_event_loop()
+loop.create_future().set_exception(OSError("No space left on device"))
+loop.close()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")

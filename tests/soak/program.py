@@ -80,13 +80,14 @@ class Program:
 
     def _read(self) -> None:
         assert self._process.stdout
-        for line in self._process.stdout:
-            for name, pattern in NUMBERS.items():
-                if found := pattern.match(line):
-                    setattr(self, name, int(found[1]))
-            if self.resumed and not self.step:
-                self.step = self.saving = self.saved = self.resumed
-            self.lines.append(line.rstrip("\n"))
+        with self._process.stdout as lines:
+            for line in lines:
+                for name, pattern in NUMBERS.items():
+                    if found := pattern.match(line):
+                        setattr(self, name, int(found[1]))
+                if self.resumed and not self.step:
+                    self.step = self.saving = self.saved = self.resumed
+                self.lines.append(line.rstrip("\n"))
 
     # ---- what it does
 
