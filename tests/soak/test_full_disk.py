@@ -44,7 +44,7 @@ def test_a_run_that_fills_its_disk_goes_on_when_there_is_room(tmp_path, capsys):
             line = program.lines[-1]
             with capsys.disabled():
                 print(f"\n{line}")
-            assert line.startswith("workdir error: ") and "No space left on device" in line and "make room in" in line
+            assert line.startswith("workdir error: ") and "No space left on device; make room in " in line, program
             steps = steps_of(checkpoints)
             assert line.endswith(f"the run goes on from step {steps[-1]}, the last that is saved")
             assert program.saved == steps[-1] > program.resumed, program
