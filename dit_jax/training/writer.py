@@ -7,7 +7,6 @@ never interrupted.
 
 import json
 import math
-import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -15,26 +14,23 @@ from typing import Any
 
 import numpy as np
 
+from dit_jax.foreign import read_rows, write_whole
 from dit_jax.training.tensorboard import Board
 
 Watch = Callable[[int, dict[str, float] | np.ndarray], None]
 
 
 def truncate_rows(path: Path, last_step: int) -> None:
-    """Drop the rows of a JSON-lines file whose ``step`` is beyond ``last_step``; atomic. A torn last line goes too."""
+    """Drop the rows of a JSON-lines file whose ``step`` is beyond ``last_step``; atomic. What is no row goes too."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row["step"] <= last_step:
-            kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    os.replace(temporary, path)
+    kept = [line for line, row in read_rows(path) if type(row.get("step")) is int and row["step"] <= last_step]
+    write_whole(path, "".join(line + "\n" for line in kept))
+
+
+def has_row(path: Path, step: int, name: str) -> bool:
+    """Whether a JSON-lines file has something by a name at a step."""
+    return path.exists() and any(row["step"] == step and name in row for _, row in read_rows(path))
 
 
 class Writer:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dit_jax.training import manifest
-from dit_jax.training.checkpoint import ITEMS, UNFINISHED, steps_of
+from dit_jax.training.saved_steps import ITEMS, UNFINISHED, steps_of
 
 POLL = 0.001  # seconds between two looks
 PATIENCE = 600.0  # seconds after which a start that does not do what it should is a failure; machines are busy

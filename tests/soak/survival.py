@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dit_jax.training.checkpoint import UNFINISHED
+from dit_jax.training.saved_steps import UNFINISHED
 from tests.soak.program import Plan, Program, incomplete
 from tests.soak.strikes import Strike
 from tests.test_train import assert_same_run

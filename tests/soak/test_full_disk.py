@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dit_jax.training.checkpoint import ITEMS, steps_of, verify
+from dit_jax.training.saved_steps import ITEMS, steps_of, verify
 from tests.soak.program import Plan
 from tests.soak.survival import Survivor
 from tests.test_train import assert_same_run
