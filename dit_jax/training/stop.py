@@ -68,12 +68,15 @@ class Stop:
             raise _BreakOff
 
     def unless_told(self, perform: Callable[[], Result]) -> Result | None:
-        """Call a function, but not once there is a reason to stop; None if that was so, or a signal broke it off."""
+        """Call a function, but not once a signal came; None if one had come, or broke it off.
+
+        A deadline is looked at between steps only: it cannot break off either.
+        """
         if not self._may_break_off:
             return perform()
         try:
             self._inside = True
-            if self.reason:
+            if self._reason:
                 raise _BreakOff
             result = perform()
             self._inside = False
