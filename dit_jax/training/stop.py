@@ -24,13 +24,8 @@ from typing import Any, TypeVar
 from dit_jax.errors import SIGNALS, PreemptedError
 
 Result = TypeVar("Result")
-REASONS = (
-    "",
-    "max_hours",
-    "SIGUSR1",
-    "SIGTERM",
-    "SIGINT",
-)  # as processes tell each other, by number: the last prevails
+# As processes tell them each other, by number: the last prevails.
+REASONS = ("", "max_hours", "SIGUSR1", "SIGTERM", "SIGINT")
 
 
 class _BreakOff(BaseException):
@@ -88,12 +83,15 @@ class Stop:
             raise _BreakOff
 
     def unless_told(self, perform: Callable[[], Result]) -> Result | None:
-        """Call a function, but not once there is a reason to stop; None if that was so, or a signal broke it off."""
+        """Call a function, but not once a signal came; None if one had come, or broke it off.
+
+        A deadline is looked at between steps only: it cannot break off either.
+        """
         if self._agree is not None:
             return perform()
         try:
             self._inside = True
-            if self.reason:
+            if self._reason:
                 raise _BreakOff
             result = perform()
             self._inside = False

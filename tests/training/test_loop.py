@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from dit_jax import train
 from dit_jax.errors import DivergedError, PreemptedError
 from dit_jax.training.loop import Loop
+from dit_jax.training.watchdog import Watchdog
 from tests.test_train import assert_same_run, leaves
 from tests.tiny_run import tiny_config, train_tiny
 
@@ -55,15 +57,13 @@ def test_samples_that_a_signal_breaks_off_are_drawn_when_the_run_goes_on(tiny_ru
             signal.raise_signal(signal.SIGTERM)
         return draw(*args)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(train, "draw_samples", told)
-        if step == 20:
-            train_tiny(tmp_path)
-        else:
-            with pytest.raises(PreemptedError):
-                train_tiny(tmp_path)
     grid = Path("samples") / f"{step:08d}.png"
-    assert not (tmp_path / grid).exists()
+    for _ in range(2):  # the second signal comes while what the first broke off is made good
+        with monkeypatch.context() as patched:
+            patched.setattr(train, "draw_samples", told)
+            with pytest.raises(PreemptedError, match=f"SIGTERM: step {step} is saved"):
+                train_tiny(tmp_path)
+        assert not (tmp_path / grid).exists() and max(steps_in(tmp_path)) == step
     train_tiny(tmp_path)
     assert (tmp_path / grid).read_bytes() == (tiny_run / grid).read_bytes()
     assert_same_run(tiny_run, tmp_path, 20)
@@ -101,3 +101,23 @@ def test_a_run_that_diverges_keeps_what_is_good_and_says_what_came(tmp_path, cap
     assert status_of(tmp_path)["state"] == "diverged"
     for step in steps_in(tmp_path):
         assert all(np.isfinite(leaf).all() for leaf in leaves(tmp_path, step).values())
+
+
+def test_a_step_that_does_not_end_is_found_and_what_is_done_beside_the_steps_may_take_its_time(tmp_path, monkeypatch):
+    found, take, save = [], Loop._step, Loop._save
+
+    def hangs(self, state, step):
+        state = take(self, state, step)
+        time.sleep(3 if step == 3 else 0)
+        return state
+
+    def takes_its_time(self, state, step):
+        with self._aside():
+            time.sleep(3)
+        save(self, state, step)
+
+    monkeypatch.setattr(Watchdog, "_end", lambda self, seconds, limit: found.append(self._step))
+    monkeypatch.setattr(Loop, "_step", hangs)
+    monkeypatch.setattr(Loop, "_save", takes_its_time)
+    train_tiny(tmp_path, total_steps="4", save_every="2", sample_every="0", stall_patience="2")
+    assert set(found) == {3}
