@@ -17,7 +17,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "dit_jax"
 
-LEAVES = {"arrays", "trees", "sharding", "errors", "foreign", "processes"}  # layer 0
+LEAVES = {"arrays", "trees", "sharding", "errors", "foreign", "processes", "vigil"}  # layer 0
 LIBRARIES = {"diffusion", "models", "encoders", "data"}  # layer 1: do not know each other
 ROOMS = {"training", "metrics"}  # layer 2
 # layer 4
@@ -29,7 +29,8 @@ BELOW_PROGRAMS = LEAVES | LIBRARIES | ROOMS | MIDDLE
 MAY_IMPORT = {
     "__init__": set(),
     **{leaf: set() for leaf in LEAVES},
-    "processes": {"errors", "sharding"},
+    "processes": {"errors", "sharding", "vigil"},
+    "vigil": {"errors"},
     **{library: LEAVES for library in LIBRARIES},
     **{room: LEAVES | LIBRARIES for room in ROOMS},
     "config": LEAVES,  # knows of no object that is made from it
