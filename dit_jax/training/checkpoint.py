@@ -38,8 +38,6 @@ TREES = ("params", "ema", "optimizer")
 ITEMS = (*TREES, "metadata")
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a step that is being written, or was when its process ended
 CORRUPT = ".corrupt"
-# What Orbax lets out where a file is not what it should be; not what a device's memory ends in.
-UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, no quota left, no larger file allowed
 
 
@@ -374,7 +372,11 @@ def _optimizer_item(state: TrainState) -> dict[str, Any]:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (*UNREADABLE, OSError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # Orbax lets out whatever it trips over, now and then a bare Exception
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
         reason = " ".join(str(error).split())[:SHOWN] or type(error).__name__
         raise CheckpointError(f"cannot restore {path}: {reason}") from error
 
