@@ -46,6 +46,9 @@ FIRST: dict[type, str] = {
 ADDED = {
     "init_from": "",
     "preview_vae": "",
+    "max_hours": 0.0,
+    "max_skipped_in_a_row": 10,  # of 1: the first one ended the run
+    "stall_patience": 600.0,
     "validate_every": 0,
     "verify_checkpoints": "full",
     "data.storage_dtype": "float32",
@@ -83,6 +86,8 @@ TRAINED = "trained"  # what the config.json of an export says beside the config:
 # What a run that is resumed may change; every other key must be what it was.
 CHANGEABLE = (
     "stop_at_step",
+    "max_hours",
+    "stall_patience",
     "log_every",
     "save_every",
     "sample_every",

@@ -33,6 +33,7 @@ from dit_jax.runtime import (
     quiet_libraries,
     run_program,
 )
+from dit_jax.training.saved_steps import CORRUPT, ITEMS, steps_of, verify
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "transformers")
 MIB, GIB = 2**20, 2**30
@@ -123,7 +124,6 @@ def print_checkpoints(workdir: Path) -> None:
     Raises:
       CheckpointError: there is none.
     """
-    from dit_jax.training.checkpoint import CORRUPT, ITEMS, verify
     from dit_jax.training.validation import NAME
 
     directory, steps = _steps(workdir)
@@ -143,8 +143,6 @@ def verify_checkpoints(workdir: Path) -> None:
     Raises:
       CheckpointError: there is none, or one is damaged.
     """
-    from dit_jax.training.checkpoint import ITEMS, verify
-
     directory, steps = _steps(workdir)
     damaged = []
     for step in steps:
@@ -163,8 +161,6 @@ def verify_checkpoints(workdir: Path) -> None:
 
 
 def _steps(workdir: Path) -> tuple[Path, list[int]]:
-    from dit_jax.training.checkpoint import steps_of
-
     directory = workdir / "checkpoints"
     steps = steps_of(directory)
     if not steps:

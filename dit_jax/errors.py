@@ -1,4 +1,12 @@
-"""Mistakes that a person can mend. A program ends on one with a single line and the error's exit code."""
+"""How programs end before they are done: mistakes that a person can mend, and what asks a program to end.
+
+It ends with a single line and the error's exit code.
+"""
+
+import signal
+
+# What asks a program to end. Schedulers send the latter two before they take a machine away; Windows has no SIGUSR1.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class UserError(Exception):
@@ -6,6 +14,7 @@ class UserError(Exception):
 
     exit_code = 1
     kind = "error"
+    of_all = False  # whether every process of a run ends by it, at the same step
 
 
 class ConfigError(UserError):
@@ -27,6 +36,7 @@ class DivergedError(UserError):
 
     exit_code = 4
     kind = "diverged"
+    of_all = True
 
 
 class WorkdirError(UserError):
@@ -48,3 +58,18 @@ class FetchError(UserError):
 
     exit_code = 7
     kind = "fetch error"
+
+
+class LostError(UserError):
+    """Another process of the run, or the device, does not answer any more."""
+
+    exit_code = 9
+    kind = "lost"
+
+
+class PreemptedError(UserError):
+    """The program was told to end before it was done; what it had done is saved, and it can be started again."""
+
+    exit_code = 75
+    kind = "preempted"
+    of_all = True

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from dit_jax import build
+from dit_jax import build, processes
 from dit_jax.data.ahead import gathered, in_threads
 from dit_jax.data.bad_records import BadRecords, Replaced, too_many
 from dit_jax.data.buckets import assign, sizes_of
@@ -51,7 +51,8 @@ NOT_ASKED = (
     "captions_per_shard",
 )
 
-Batches = Callable[[int, int], Generator[EncodedBatch, None, None]]  # (first step, last step) -> encoded batches
+# (first step, last step, rows) -> these rows of the encoded batches
+Batches = Callable[[int, int, range], Generator[EncodedBatch, None, None]]
 Say = Callable[[str], None]
 
 
@@ -59,11 +60,14 @@ class Feed(NamedTuple):
     """The data of a run.
 
     Attributes:
-      batches: (first step, last step) -> encoded batches of the steps between.
+      batches: (first step, last step, rows of a batch) -> these rows of the encoded batches of the steps between; the
+        first step of a run is 0 here. Each of several processes reads its own rows (`processes.own_rows`).
+      records: step -> the records of its whole batch, int64 ``[B]``, places in the source.
       grids: the latent grids ``(h, w)`` that batches have: one per bucket that has records.
     """
 
     batches: Batches
+    records: Callable[[int], np.ndarray]
     grids: list[tuple[int, int]]
 
 
@@ -97,13 +101,14 @@ def open_feed(
         check_bad(config, source)
         order = build.make_order(config, source, source.bucket).without(source.bad)
         flip = source.mirrored and data.flip != "off"
-        encoded_batches = gathered_batches(config, source, order, flip)
+        records = gathered_records(config, source, order)
+        encoded_batches = gathered_batches(config, source, records, flip)
         shapes = source.shapes
         say_long(*source.captions_of_length(text_encoder.length), text_encoder.length, say)
         if source.bad.any():
             say(f"bad records: {source.bad.sum():,}, replaced by others, listed in bad_records.jsonl of the cache")
     else:
-        bad_records = build.make_bad_records(config, workdir / "bad_records.jsonl", len(source))
+        bad_records = build.make_bad_records(config, processes.own_file(workdir / "bad_records.jsonl"), len(source))
         shapes = build.make_shapes(config, vae.factor)
         bucket = find_buckets(source, shapes, data.patience, say)
         order = build.make_order(config, source, bucket)
@@ -114,7 +119,8 @@ def open_feed(
         if data.encode == "once":
             cache = encode_once(config, source, bucket, shapes, samples.flip, vae, text_encoder, bad_records, say)
             order = order.without(cache.bad)
-            encoded_batches = gathered_batches(config, cache, order, samples.flip)
+            records = gathered_records(config, cache, order)
+            encoded_batches = gathered_batches(config, cache, records, samples.flip)
             say_long(*cache.captions_of_length(text_encoder.length), text_encoder.length, say)
         else:
             tokenize = functools.partial(encode.tokenize_quietly, text_encoder)
@@ -122,9 +128,13 @@ def open_feed(
             longest = first[int(full.argmax())].caption
             say_long(int(full.sum()), longest, text_encoder.length, say, f" of the first {len(first)}")
 
-            def encoded_batches(start: int, stop: int) -> Generator[EncodedBatch, None, None]:
+            def records(step: int) -> np.ndarray:
+                B = config.batch_size
+                return np.array([samples[k].used for k in range(step * B, (step + 1) * B)])
+
+            def encoded_batches(start: int, stop: int, rows: range) -> Generator[EncodedBatch, None, None]:
                 how = THREADS, data.workers, data.patience
-                raw = batches(samples, tokenize, bad_records, start, stop, *how)
+                raw = batches(samples, tokenize, bad_records, start, stop, rows, *how)
                 return encode.encode_every_step(raw, vae, text_encoder, data.storage_dtype)
 
         if bad_records:
@@ -132,7 +142,8 @@ def open_feed(
     if not config.latents.scale:
         fill_latents(config, vae, encoded_batches, len(source))
     say_start_check(config, encoded_batches, images, vae, preview, say)
-    return Feed(encoded_batches, [tuple(side // vae.factor for side in shapes[bucket]) for bucket in order.used])
+    grids = [tuple(side // vae.factor for side in shapes[bucket]) for bucket in order.used]
+    return Feed(encoded_batches, records, grids)
 
 
 def open_validation(
@@ -228,17 +239,23 @@ def note_problems(bad_records: BadRecords, table: Table, unit: Unit, shard: Pict
             bad_records.add(records[row], Replaced(table.ids[records[row]], reason, None))
 
 
-def gathered_batches(config: ConfigDict, cache: Cache, order: Order, flip: bool) -> Batches:
+def gathered_records(config: ConfigDict, cache: Cache, order: Order) -> Callable[[int], np.ndarray]:
+    """Step -> the records of a cache that its batch is gathered from, int64 ``[B]``."""
+    used, B = order.stand_ins(cache.bad), config.batch_size
+    return lambda step: used[order.indices(np.arange(step * B, (step + 1) * B))]
+
+
+def gathered_batches(config: ConfigDict, cache: Cache, records: Callable[[int], np.ndarray], flip: bool) -> Batches:
     """Batches of a cache, gathered by threads."""
-    used = order.stand_ins(cache.bad)
     B, seed = config.batch_size, config.seed
 
-    def make(step: int) -> EncodedBatch:
-        k = np.arange(step * B, (step + 1) * B)
-        sides = is_mirrored(k, seed) if flip else np.zeros(B, bool)
-        return cache.gather(used[order.indices(k)], caption_words(k, seed), sides)
+    def make(rows: range, step: int) -> EncodedBatch:
+        k = np.arange(step * B + rows.start, step * B + rows.stop)
+        sides = is_mirrored(k, seed) if flip else np.zeros(len(k), bool)
+        return cache.gather(records(step)[rows.start : rows.stop], caption_words(k, seed), sides)
 
-    return lambda start, stop: gathered(make, start, stop, max(1, config.data.workers))
+    threads = max(1, config.data.workers)
+    return lambda start, stop, rows: gathered(functools.partial(make, rows), start, stop, threads)
 
 
 def say_long(count: int, first: str, length: int, say: Say, of: str = "") -> None:
@@ -292,13 +309,18 @@ def in_words(shapes: tuple[tuple[int, int], ...]) -> str:
 
 
 def fill_latents(config: ConfigDict, vae: VAE, encoded_batches: Batches, records: int) -> None:
-    """Write the shift and scale of latents into the config: the VAE's own, or as measured on the first samples."""
+    """Write the shift and scale of latents into the config: the VAE's own, or as measured on the first samples.
+
+    Several processes look at the same samples, and take the figures of the first: another machine may round otherwise.
+    """
     scale = vae.latent_scale
     if config.latents.normalize == "measured":
-        some = list(encoded_batches(0, -(-min(MEASURED, records) // config.batch_size)))
+        B = config.batch_size
+        some = list(encoded_batches(0, -(-min(MEASURED, records) // B), range(B)))
         with build.config_errors("latents"):
             scale = measure_scale(*(_flat([batch[key] for batch in some]) for key in ("mean", "std")))
-    config.latents.shift, config.latents.scale = tuple(scale.shift.tolist()), tuple(scale.scale.tolist())
+    shift, scale = processes.of_first([scale.shift.tolist(), scale.scale.tolist()])
+    config.latents.shift, config.latents.scale = tuple(shift), tuple(scale)
 
 
 def _flat(moments: list[np.ndarray]) -> np.ndarray:
@@ -315,8 +337,8 @@ def say_start_check(
     say: Say,
 ) -> None:
     """Look at the first samples, and say what is found and what is wrong with it."""
-    with closing(encoded_batches(0, 1)) as stream:
-        batch = {key: array[:FIRST] for key, array in next(stream).items()}
+    with closing(encoded_batches(0, 1, range(min(FIRST, config.batch_size)))) as stream:
+        batch = next(stream)
     check = encode.check_start(batch, images, vae, preview, build.make_latents(config))
     trip = "" if check.psnr is None else f"VAE round trip {check.psnr:.1f} dB, "
     say(

@@ -1,12 +1,14 @@
 """How every program starts and ends: devices, compile cache, quiet libraries, exit codes.
 
-=====  =======================================  =====  ====================================
-0      done                                     5      checkpoint unusable
-1      internal error, with its traceback       6      out of memory
-2      usage or config                          7      network or model fetch
-3      data                                     8      workdir full or not writable
+=====  =======================================  =====  ==============================================
+0      done                                     7      network or model fetch
+1      internal error, with its traceback       8      workdir full or not writable
+2      usage or config                          9      another process lost, or stalled
+3      data                                     75     preempted (SIGTERM, SIGUSR1): start me again
 4      diverged (loss or gradient not finite)   130    interrupted (Ctrl-C)
-=====  =======================================  =====  ====================================
+5      checkpoint unusable                      128+n  signal n came while an earlier one was obeyed
+6      out of memory
+=====  =======================================  =====  ==============================================
 """
 
 import argparse
@@ -25,18 +27,26 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dit_jax.errors import ConfigError, UserError, WorkdirError
+from dit_jax import processes
+from dit_jax.errors import SIGNALS, ConfigError, PreemptedError, UserError, WorkdirError
+from dit_jax.processes import Place
 
+INTERNAL = 1
 OUT_OF_MEMORY = 6
 INTERRUPTED = 130
 # What a full disk is called by the system and by tensorstore, whose messages begin with RESOURCE_EXHAUSTED too.
 DISK_FULL = ("No space left", "os_error_code='28'", "Disk quota")
 
 
-def _interrupt_once(*_: Any) -> None:
-    """The first Ctrl-C ends the program; more of them must not tear what it still writes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
+class _Told(BaseException):
+    """A scheduler's signal, by its name; no error, so that nothing on the way takes it for one."""
+
+
+def _end_program(number: int, _: Any) -> None:
+    """The first signal ends the program, which closes what is open; one more ends it where it is."""
+    for each in SIGNALS:
+        signal.signal(each, lambda number, _: os._exit(128 + number))
+    raise KeyboardInterrupt if number == signal.SIGINT else _Told(signal.Signals(number).name)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -75,24 +85,33 @@ def run_program(main: Callable[[], None], show_traceback: bool, less_memory: str
 
     ``less_memory`` is what the user of this program can do when the device's memory is not enough.
     """
-    signal.signal(signal.SIGINT, _interrupt_once)
+    before = {number: signal.signal(number, _end_program) for number in SIGNALS}
     try:
         main()
+        processes.finish()
     except UserError as error:
-        _end(f"{error.kind}: {error}", error.exit_code, show_traceback)
-    except KeyboardInterrupt:
-        _say_end("interrupted", show_traceback)
-        sys.stdout.flush()
-        # all that was open is closed; threads of XLA, which may compile still, must not see the process taken apart
-        os._exit(INTERRUPTED)
+        _end(f"{error.kind}: {error}", error.exit_code, show_traceback, error.of_all)
+    except KeyboardInterrupt as error:
+        agreed = bool(str(error))  # by `dit_jax.training.stop`, which says where the run stands
+        _end_at_once(": ".join(filter(None, ["interrupted", str(error)])), INTERRUPTED, show_traceback, agreed)
+    except _Told as told:
+        line = f"{PreemptedError.kind}: {told}; what was done is kept, the same command goes on"
+        _end_at_once(line, PreemptedError.exit_code, show_traceback, False)
     except Exception as error:
+        processes.blame(error)
         said = str(error)
         if any(sign in said for sign in DISK_FULL):
             full = f"{WorkdirError.kind}: the disk is full; make room and start again ({said.splitlines()[0]})"
-            _end(full, WorkdirError.exit_code, show_traceback)
+            _end(full, WorkdirError.exit_code, show_traceback, False)
         if "RESOURCE_EXHAUSTED" not in said:
+            if processes.count() > 1:
+                traceback.print_exc()
+                processes.leave(repr(error), INTERNAL)
             raise
-        _end(f"out of memory: the device cannot hold this; {less_memory}", OUT_OF_MEMORY, show_traceback)
+        _end(f"out of memory: the device cannot hold this; {less_memory}", OUT_OF_MEMORY, show_traceback, False)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -105,16 +124,23 @@ def writable(folder: Path) -> Iterator[None]:
         raise WorkdirError(f"cannot write to {folder}: {reason}; give another folder") from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is either the old one or the new one, whenever the process ends."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def _end(line: str, code: int, show_traceback: bool) -> None:
+def _end(line: str, code: int, show_traceback: bool, of_all: bool) -> None:
+    """``of_all``: every process of the run ends like this; else the others are told that this one does."""
     _say_end(line, show_traceback)
+    if of_all:
+        processes.finish()
+    processes.leave(line, code)
     sys.exit(code)
+
+
+def _end_at_once(line: str, code: int, show_traceback: bool, of_all: bool) -> None:
+    """All that was open is closed; threads of XLA, which may compile still, must not see the process taken apart."""
+    _say_end(line, show_traceback)
+    if of_all:
+        processes.finish()
+    processes.leave(line, code)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _say_end(line: str, show_traceback: bool) -> None:
@@ -125,11 +151,17 @@ def _say_end(line: str, show_traceback: bool) -> None:
     print(shown, file=sys.stderr, flush=True)
 
 
-def set_up(allow_cpu: bool, verbose: bool) -> None:
+def set_up(allow_cpu: bool, verbose: bool, place: Place | None = None) -> None:
     """Quiet the libraries, turn the compile cache on, make random numbers independent of sharding, check the device.
+
+    Args:
+      allow_cpu: run on CPU even beside an NVIDIA device.
+      verbose: leave the libraries their voice.
+      place: of this process among those of a run, whom it joins; None where it is alone.
 
     Raises:
       ConfigError: an NVIDIA device is present, but JAX would run on CPU and nobody asked for that.
+      LostError: other processes do not come.
     """
     if not verbose:
         quiet_libraries()
@@ -147,6 +179,8 @@ def set_up(allow_cpu: bool, verbose: bool) -> None:
             warnings.warn(f"nothing that is compiled is kept: {cache}: {error.strerror}", stacklevel=1)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     jax.config.update("jax_threefry_partitionable", True)
+    if place:
+        processes.start(place)
     if not allow_cpu and (overlooked := overlooked_gpu()):
         raise ConfigError(f"{overlooked}, or pass --allow_cpu")
 
@@ -159,7 +193,8 @@ def quiet_libraries() -> None:
     for name in ("jax", "orbax"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # what fails in a thread of Orbax is raised where the save is waited for, and need not be shown as it happens
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.showwarning = _show_warning
     sys.unraisablehook = functools.partial(_show_unraisable, sys.unraisablehook)
 

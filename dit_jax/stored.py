@@ -28,8 +28,9 @@ from dit_jax.config import TRAINED, flatten, read_run
 from dit_jax.encoders import places
 from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.sharding import make_mesh, replicated, with_sharding
-from dit_jax.training.checkpoint import find_step, restore_item, restore_metadata, restore_tree, save_tree
+from dit_jax.training.checkpoint import restore_item, restore_tree, save_tree
 from dit_jax.training.init_from import transfer
+from dit_jax.training.saved_steps import find_step, restore_metadata
 from dit_jax.training.state import TrainState, init_params
 from dit_jax.trees import mismatches, named_leaves
 
@@ -275,7 +276,7 @@ def open_origin(config: ConfigDict, identity: Mapping[str, str], say: Callable[[
 
 def begin_from(origin: Stored, state: TrainState, factor: int, say: Callable[[str], None]) -> TrainState:
     """A fresh state with the parameters of another model where they fit, and a word on every one that does not."""
-    found = transfer(origin.restore(factor), state.params)
+    found = transfer(origin.restore(factor, state.step.sharding), state.params)  # whole on every device, as the step
     trained = origin.trained
     say(
         f"init_from: {origin.folder}, {trained.parameters} parameters of step {trained.step}:"

@@ -1,6 +1,9 @@
 """Trains a model: one call, `run`, from a config to a finished workdir.
 
-    workdir/  config.json  checkpoints/<step>/  metrics.jsonl  timing.jsonl  tb/  samples/  bad_records.jsonl
+    workdir/  config.json  checkpoints/<step>/  metrics.jsonl  timing.jsonl  tb/  samples/  STATUS.json
+              bad_records.jsonl, diverged/, logs/ where there was something to tell
+
+Several processes call it alike (`dit_jax.processes`); the first of them writes and says what there is to say.
 
 Called again with the same config it goes on where the last checkpoint ends, and leaves the same files and numbers
 as a run that was never interrupted.
@@ -12,8 +15,9 @@ import functools
 import itertools
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,25 +30,34 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import dit_jax
-from dit_jax import build
+from dit_jax import build, processes
 from dit_jax.config import is_export, take_over, to_json
 from dit_jax.data.ahead import ahead
+from dit_jax.data.cache.gather import Cache
+from dit_jax.data.sources.records import Source
 from dit_jax.drawing.pictures import make_grid, save_png
 from dit_jax.drawing.pipeline import Pipeline
 from dit_jax.encoders import VAE, TextEncoder
-from dit_jax.errors import ConfigError, FetchError
+from dit_jax.errors import ConfigError, DivergedError, FetchError
 from dit_jax.feed import open_feed, open_validation
+from dit_jax.foreign import write_whole
 from dit_jax.models.flops import peak_flops, training_flops
 from dit_jax.resolve import resolve
-from dit_jax.runtime import git_commit, writable, write_whole
+from dit_jax.runtime import git_commit, writable
 from dit_jax.sharding import make_mesh, put_batch
 from dit_jax.stored import Trained, begin_from, open_origin
-from dit_jax.training.checkpoint import ITEMS, Checkpoints, Commit, newest_whole, restore_metadata, set_aside
-from dit_jax.training.progress import Progress, check_finite
+from dit_jax.training.checkpoint import Checkpoints
+from dit_jax.training.divergence import block_norms, write_report
+from dit_jax.training.loop import Due, Duty, Loop
+from dit_jax.training.progress import Progress, describe_bad
+from dit_jax.training.saved_steps import ITEMS, newest_whole, restore_metadata, set_aside
 from dit_jax.training.state import TrainState, abstract_state, init_state
+from dit_jax.training.status import Status
 from dit_jax.training.step import TrainStep
-from dit_jax.training.validation import Validation, as_row, in_words
-from dit_jax.training.writer import Watch, Writer
+from dit_jax.training.stop import Stop
+from dit_jax.training.validation import NAME, Validation, as_row, in_words
+from dit_jax.training.watchdog import Watchdog
+from dit_jax.training.writer import Silent, Watch, Writer, has_row
 from dit_jax.trees import count_parameters
 
 GRID = 16  # captions of the training set in a sample grid when the config names no prompts
@@ -67,10 +80,15 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
     Raises:
       ConfigError: values that cannot be, or a workdir that belongs to another config, data or encoders.
       DataError: a data set that cannot be read.
-      DivergedError: the loss or its gradient is not finite; nothing is saved after it.
+      DivergedError: too many steps in a row whose loss or gradient is not finite; none of them is saved.
+      PreemptedError, KeyboardInterrupt: it was told to stop; the last step that was done is saved.
       CheckpointError: there are checkpoints, but none that can be used.
       WorkdirError: a workdir that cannot be written to or is full; what was said to be saved is.
     """
+    begun = datetime.now(UTC)
+    deadline = time.monotonic() + 3600 * config.max_hours if config.max_hours else None
+    due = Due(config.save_every, config.validate_every, config.sample_every, config.total_steps)
+
     # ---- what there is
     mesh = make_mesh(jax.devices())
     source = build.make_source(config, "train")  # first: a folder that is not there must cost no download
@@ -89,10 +107,12 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
 
     # ---- where it stands
     checkpoints = open_checkpoints(config, workdir, identity)
-    start = checkpoints.latest_step() or 0
+    start = processes.of_first(checkpoints.latest_step() or 0)
     stop = min(config.stop_at_step or config.total_steps, config.total_steps)
     banner(config, workdir, start, mesh, len(source), len(held_out or ()), (vae, text_encoder))
-    if start >= stop:
+    scored, drawn = functools.partial(is_scored, workdir), functools.partial(is_drawn, workdir)
+    owed = start and ((due.validates(start) and not scored(start)) or (due.samples(start) and not drawn(start)))
+    if start >= stop and not owed:
         limit = "" if stop == config.total_steps else f" (stop_at_step {stop} of {config.total_steps})"
         say(f"nothing to do: step {start} of {stop} is done{limit}")
         checkpoints.close()
@@ -113,92 +133,58 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
     feed = open_feed(config, workdir, source, vae, preview, text_encoder, say)
     validation = None
     if held_out is not None:
-        records = open_validation(config, workdir / "bad_records.jsonl", held_out, vae, text_encoder, say)
+        listed = processes.own_file(workdir / "bad_records.jsonl")
+        records = open_validation(config, listed, held_out, vae, text_encoder, say)
         validation = build.make_validation(config, model, process, records, mesh)
-    with writable(workdir):
-        write_whole(workdir / "config.json", to_json(config))
+    if processes.is_first():
+        with writable(workdir):
+            write_whole(workdir / "config.json", to_json(config))
     step_function = build.make_step(config, model, process, optimizer, learning_rate)
-    metadata = describe(config, identity, mesh)
 
     # ---- the loop
+    spent = restore_metadata(checkpoints.directory, start).get("productive_seconds", 0.0) if start else 0.0
     with (
         checkpoints.room(),
         closing(checkpoints),
-        closing(Writer(workdir, start, config.wandb_project, config.to_dict(), watch)) as writer,
+        Status(workdir, start, config.total_steps, spent, begun) as status,
+        closing(make_writer(config, workdir, start, watch)) as writer,
         closing(make_progress(config, writer, start, training_flops(model, side, side), mesh)) as progress,
     ):
         pipeline = Pipeline(config, preview, text_encoder, state.ema, Trained(start, "ema", **identity))
         prompts = config.sample.prompts or tuple(
             captions[0] for captions in itertools.islice(filter(None, source.captions()), GRID)
         )
-        draw = functools.partial(draw_samples, pipeline, prompts, workdir / "samples", writer)
-        on_devices = (put_batch(batch, mesh) for batch in feed.batches(start, stop))
+        draw = functools.partial(draw_samples, pipeline, prompts, workdir, writer)
+        mine = feed.batches(start, stop, processes.own_rows(config.batch_size))
+        on_devices = (put_batch(batch, mesh) for batch in mine)
         with closing(ahead(on_devices, AHEAD, config.data.patience, config.data.source)) as coming:
-            first = next(coming)
-            train_steps = compile_steps(step_function, state, first, feed.grids)
-            every_batch, steps = itertools.chain([first], coming), range(start + 1, stop + 1)
-            validate = functools.partial(score, validation, writer) if validation else None
-            state = loop(
-                config, state, steps, train_steps, every_batch, checkpoints, metadata, validate, draw, progress
-            )
+            train_steps: dict[tuple[int, ...], Callable[..., Any]] = {}
+            batches: Iterator[dict[str, jax.Array]] = coming
+            if start < stop:
+                first = next(coming)
+                train_steps = compile_steps(step_function, state, first, feed.grids)
+                batches = itertools.chain([first], coming)
+            with (
+                Stop(deadline, processes.agreement()) as told,
+                Watchdog(config.stall_patience, workdir / "logs", status.stalled) as watchdog,
+            ):
+                loop = Loop(
+                    train_steps=train_steps,
+                    batches=batches,
+                    due=due,
+                    validate=Duty(functools.partial(score, validation, writer), scored),
+                    draw=Duty(functools.partial(draw_by_first, draw), drawn),
+                    checkpoints=checkpoints,
+                    metadata=describe(config, identity, mesh),
+                    progress=progress,
+                    status=status,
+                    stop=told,
+                    watchdog=watchdog,
+                    max_skipped_in_a_row=config.max_skipped_in_a_row,
+                    diverged=functools.partial(diverged, step_function, feed.records, source, workdir),
+                )
+                state = loop.run(state, range(start + 1, stop + 1))
     say(f"done: step {stop} of {config.total_steps}")
-    return state
-
-
-def loop(
-    config: ConfigDict,
-    state: TrainState,
-    steps: range,
-    train_steps: Mapping[tuple[int, ...], Callable[..., Any]],
-    coming: Iterator[dict[str, jax.Array]],
-    checkpoints: Checkpoints,
-    metadata: dict[str, Any],
-    validate: Callable[[Any, int], str] | None,
-    draw: Callable[[Any, int], Path],
-    progress: Progress,
-) -> TrainState:
-    """Take the steps, and validate, save and draw when it is due.
-
-    Args:
-      config: says what is due when.
-      state: after the step before the first.
-      train_steps: by the latent grid of a batch.
-      coming: a batch a step, on the devices.
-      metadata: saved with every checkpoint.
-      validate: parameters and step -> what to say of the errors; None where they are not wanted.
-      draw: parameters and step -> where the grid of samples was written.
-
-    Returns:
-      The state after the last step, which is saved and on disk.
-    """
-
-    def report(commit: Commit | None) -> None:
-        if commit:
-            progress.say(f"saved {commit}")
-
-    progress.restart()
-    for step in steps:
-        with progress.waiting():
-            batch = next(coming)
-        state, metrics = train_steps[batch["mean"].shape[1:3]](state, batch)
-        progress.step(step, metrics)
-        last = step == config.total_steps
-        # before the step is saved: a run that is killed in between goes on from it, and must have this row
-        if validate and (last or is_due(step, config.validate_every)):
-            with progress.aside():
-                check_finite(step, metrics)
-                progress.say(validate(state.ema, step))
-        if step == steps[-1] or is_due(step, config.save_every):
-            with progress.aside():
-                check_finite(step, metrics)
-                report(checkpoints.save(state, metadata))
-                progress.say(f"saving step={step}")
-        if config.sample_every and (last or is_due(step, config.sample_every)):
-            with progress.aside():
-                progress.say(f"samples of step {step}: {draw(state.ema, step)}")
-        report(checkpoints.committed())
-    checkpoints.wait()
-    report(checkpoints.committed())
     return state
 
 
@@ -216,22 +202,25 @@ def offer_embedded() -> Iterator[None]:
 def open_checkpoints(config: ConfigDict, workdir: Path, identity: dict[str, str]) -> Checkpoints:
     """The checkpoints of a run, which is a new one or the same as before in config, data and encoders.
 
-    The newest is verified; where it is damaged, it is set aside and the run goes on from the one before.
+    The newest is verified; where it is damaged, it is set aside and the run goes on from the one before. Of several
+    processes the first does both.
     """
     if is_export(workdir / "config.json"):
         raise ConfigError(
             f"{workdir} is an export, not a run: give another --workdir (init_from={workdir} begins with it)"
         )
     directory = workdir / "checkpoints"
-    whole, damaged = newest_whole(directory, config.verify_checkpoints, ITEMS)
-    if whole:
+    whole, damaged = newest_whole(directory, config.verify_checkpoints, ITEMS) if processes.is_first() else (None, [])
+    step = processes.of_first(whole and whole.step)
+    if step is not None:
         say(f"checkpoint: {whole}")
         take_over(config, workdir)
-        refuse_another(restore_metadata(directory, whole.step), identity)
+        refuse_another(restore_metadata(directory, step), identity)
     with writable(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-        for report in damaged:
-            say(f"warning: checkpoint: {report}; set aside as {set_aside(directory, report.step)}")
+        if processes.is_first():
+            workdir.mkdir(parents=True, exist_ok=True)
+            for report in damaged:
+                say(f"warning: checkpoint: {report}; set aside as {set_aside(directory, report.step)}")
         return Checkpoints(directory, config.keep_latest, config.keep_every)
 
 
@@ -276,6 +265,13 @@ def banner(
     say(f"workdir: {workdir}, " + (f"resuming from step {start}" if start else "a new run"))
 
 
+def make_writer(config: ConfigDict, workdir: Path, start: int, watch: Watch | None) -> Writer:
+    """Where the numbers of this process go."""
+    if not processes.is_first():
+        return Silent()
+    return Writer(workdir, start, config.wandb_project, config.to_dict(), watch)
+
+
 def make_progress(config: ConfigDict, writer: Writer, start: int, flops: int, mesh: Mesh) -> Progress:
     """What is said about a run; ``flops`` are of one training picture."""
     peak = peak_flops(jax.devices()[0].device_kind)
@@ -293,7 +289,10 @@ def make_progress(config: ConfigDict, writer: Writer, start: int, flops: int, me
 def compile_steps(
     step: TrainStep, state: TrainState, batch: dict[str, jax.Array], grids: Sequence[tuple[int, int]]
 ) -> dict[tuple[int, ...], Callable[..., Any]]:
-    """Compile the train step for batches like this one on every latent grid, and say how long that took."""
+    """Compile the train step for batches like this one on every latent grid, and say how long that took.
+
+    All processes return at a time: the first all-reduce does not wait for one that is slower.
+    """
     several = f" for {len(grids)} shapes of pictures" if len(grids) > 1 else ""
     say(f"compiling the train step{several} ...")
     begin = time.monotonic()
@@ -304,37 +303,77 @@ def compile_steps(
             B, *_, C = shapes[key].shape
             shapes[key] = shapes[key].update(shape=(B, h, w, C))
         compiled[h, w] = step.compile(state, shapes)
+    processes.barrier()
     say(f"compiled the train step in {time.monotonic() - begin:.1f} s")
     return compiled
 
 
-def score(validation: Validation, writer: Writer, params: Any, step: int) -> str:
+def score(validation: Validation | None, writer: Writer, params: Any, step: int) -> str:
     """Score these parameters on the records that are set aside; write the row and return it in words."""
+    assert validation, "nothing is due where there is nothing to validate on"
     begin = time.monotonic()
     errors = validation(params)
     writer.metrics(step, as_row(errors))
     return f"validation step={step} {in_words(errors)} in {time.monotonic() - begin:.1f} s"
 
 
+def is_scored(workdir: Path, step: int) -> bool:
+    """Whether the parameters of a step were validated."""
+    return processes.of_first(has_row(workdir / "metrics.jsonl", step, NAME))
+
+
+def draw_by_first(draw: Callable[[Any, int], str], params: Any, step: int) -> str:
+    """The first process draws, with its own copy of the parameters; the others wait."""
+    said = draw(processes.own_copy(params), step) if processes.is_first() else ""
+    processes.barrier()
+    return said
+
+
 def draw_samples(
-    pipeline: Pipeline, prompts: Sequence[str], folder: Path, writer: Writer, params: Any, step: int
-) -> Path:
-    """Draw the fixed prompts with fixed noise and these parameters; write a grid and show it on TensorBoard."""
+    pipeline: Pipeline, prompts: Sequence[str], workdir: Path, writer: Writer, params: Any, step: int
+) -> str:
+    """Draw the fixed prompts with fixed noise and these parameters; write a grid, and show it on TensorBoard."""
     pipeline.params, pipeline.trained = params, dataclasses.replace(pipeline.trained, step=step)
     pixels = pipeline.draw(prompts, range(len(prompts)))
     grid = make_grid([Image.fromarray(p) for p in pixels], columns=min(len(prompts), 4))
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{step:08d}.png"
+    path = grid_of(workdir, step)
+    path.parent.mkdir(exist_ok=True)
     save_png(grid, path, {"prompt": "\n".join(prompts), "seed": f"0 to {len(prompts) - 1}", "step": str(step)})
     writer.image(step, "samples", np.asarray(grid))
-    return path
+    return f"samples of step {step}: {path}"
+
+
+def is_drawn(workdir: Path, step: int) -> bool:
+    """Whether the grid of a step is there."""
+    return processes.of_first(grid_of(workdir, step).exists())
+
+
+def grid_of(workdir: Path, step: int) -> Path:
+    """Where the grid of a step is written."""
+    return workdir / "samples" / f"{step:08d}.png"
+
+
+def diverged(
+    step_function: TrainStep,
+    records: Callable[[int], np.ndarray],
+    source: Source | Cache,
+    workdir: Path,
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    step: int,
+    metrics: dict[str, jax.Array],
+) -> DivergedError:
+    """Keep what is known of a run that has diverged (`dit_jax.training.divergence`); returns what ends it."""
+    row = int(metrics["skipped_in_a_row"])
+    names = list(source.ids())
+    bad = {s: [names[index] for index in records(s - 1)] for s in range(step - row + 1, step + 1)}
+    path = write_report(workdir, step, metrics, bad, block_norms(step_function, state, batch))
+    return DivergedError(
+        f"{describe_bad(metrics)} at step {step}, and {row} steps in a row were not finite (max_skipped_in_a_row); the"
+        f" last that is saved is of before. Records and norms: {path}. Lower learning_rate, or look at the data"
+    )
 
 
 def say(line: str) -> None:
     """A line for the person who watches, at once."""
     print(line, flush=True)
-
-
-def is_due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens now."""
-    return every > 0 and step % every == 0

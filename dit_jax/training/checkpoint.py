@@ -1,15 +1,11 @@
-"""Checkpoints: the only file that knows Orbax.
-
-    checkpoints/<step>/          params/  ema/  optimizer/  metadata/ (JSON)  manifest.sha256
-    checkpoints/<step>.corrupt/  a step that was found damaged, set aside by the run that goes on from the one before
+"""Saves and restores the arrays of checkpoints: the only file that knows Orbax.
 
 Saving is asynchronous and atomic. A step is written under another name, then all of its files are hashed into its
 manifest, then it is renamed: a step that can be seen is whole, and its manifest says so for as long as it lies there.
 `Checkpoints.committed` reports a save only when that was done, and looked at.
 
-A step is verified before it is used (`verify`). Orbax itself notices no flipped bit and casts without a word, so that
-shapes and types of all arrays are compared too (`restore_params`). Steps of before there were manifests cannot be
-verified, and are used as they are.
+What lies there, and which of it can be used, is for `dit_jax.training.saved_steps`. Orbax notices no flipped bit, and
+casts without a word, so that shapes and types of all arrays are compared here (`restore_item`).
 """
 
 import contextlib
@@ -18,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,18 +22,15 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
+from dit_jax import processes
 from dit_jax.errors import CheckpointError, WorkdirError
 from dit_jax.training import manifest
+from dit_jax.training.saved_steps import FORMAT, ITEMS, TREES, UNFINISHED, steps_of, verify
 from dit_jax.training.state import TrainState
 from dit_jax.trees import mismatches, named_leaves
 
-FORMAT = 1  # of a step, in its metadata; those of before there were manifests say none
 SHOWN = 300  # characters of what Orbax says of a checkpoint that does not fit
-LISTED = 8  # leaves, or files, that are named one by one
-TREES = ("params", "ema", "optimizer")
-ITEMS = (*TREES, "metadata")
-UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a step that is being written, or was when its process ended
-CORRUPT = ".corrupt"
+LISTED = 8  # leaves that are named one by one
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, no quota left, no larger file allowed
 
 
@@ -53,34 +46,6 @@ class Commit(NamedTuple):
         return f"step={self.step} {self.bytes / 2**30:.2f}GiB {self.seconds:.1f}s (sha256 {self.hashing:.1f}s)"
 
 
-class Report(NamedTuple):
-    """What the verification of a step found.
-
-    Attributes:
-      step: which one.
-      problems: what is wrong with it, a line for a file; none if it is whole.
-      verifiable: whether it has a manifest; without one nothing is known.
-      bytes: that were hashed.
-      seconds: that it took.
-    """
-
-    step: int
-    problems: tuple[str, ...]
-    verifiable: bool
-    bytes: int
-    seconds: float
-
-    def __str__(self) -> str:
-        if self.problems:
-            more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
-            return f"step {self.step} is damaged: {self.problems[0]}{more}"
-        if not self.verifiable:
-            return f"step {self.step} cannot be verified: an earlier release wrote it, without a {manifest.NAME}"
-        if not self.bytes:
-            return f"step {self.step}: no file is missing or cut"
-        return f"step {self.step} is what was written: sha256 of {self.bytes / 2**30:.2f}GiB in {self.seconds:.1f}s"
-
-
 class Checkpoints:
     """The checkpoints of one run, to which it saves; nobody else writes there.
 
@@ -94,8 +59,10 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep_latest: int, keep_every: int):
         self.directory = directory.absolute()
-        for left in self.directory.glob(f"*{UNFINISHED}*"):
-            shutil.rmtree(left)
+        if processes.is_first():
+            for left in self.directory.glob(f"*{UNFINISHED}*"):
+                shutil.rmtree(left)
+        processes.barrier()
         # the whole policy is written out: Orbax drops recency when only a part of it is given
         policies: list[Any] = [LatestN(keep_latest), *([EveryNSteps(keep_every)] if keep_every else [])]
         self._manager = ocp.CheckpointManager(
@@ -145,6 +112,8 @@ class Checkpoints:
     def committed(self) -> Commit | None:
         """The save that was committed since the last call, if any; does not wait.
 
+        Of several processes the first looks and tells.
+
         Raises:
           WorkdirError: it did not arrive.
         """
@@ -152,6 +121,8 @@ class Checkpoints:
             return None
         self.wait()
         (step, started), self._pending = self._pending, None
+        if not processes.is_first():
+            return None
         path = self.directory / str(step)
         problems = manifest.verify(path, "fast", ITEMS).problems
         if problems:
@@ -220,101 +191,7 @@ class Checkpoints:
         self._hashing = manifest.write(growing, ITEMS)
 
 
-# ------------------------------------------------------------------------------------------- which step is to be used
-
-
-def steps_of(directory: Path) -> list[int]:
-    """The steps in ``<workdir>/checkpoints``, oldest first, whether whole or not."""
-    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
-
-
-def verify(directory: Path, step: int, how: str, items: Sequence[str]) -> Report:
-    """Compare items of a step with its manifest; ``how`` is as `manifest.verify` takes it."""
-    folder = directory / str(step)
-    if not (folder / manifest.NAME).exists() and _is_of_before(folder):
-        return Report(step, (), False, 0, 0.0)
-    verdict = manifest.verify(folder, how, items)
-    return Report(step, verdict.problems, True, verdict.bytes, verdict.seconds)
-
-
-def newest_whole(directory: Path, how: str, items: Sequence[str]) -> tuple[Report | None, list[Report]]:
-    """The newest step that is not damaged, and the newer ones that are; None where there is no step at all.
-
-    Raises:
-      CheckpointError: all steps are damaged.
-    """
-    damaged: list[Report] = []
-    for step in reversed(steps_of(directory)):
-        report = verify(directory, step, how, items)
-        if not report.problems:
-            return report, damaged
-        damaged.append(report)
-    if damaged:
-        raise CheckpointError(
-            f"no checkpoint in {directory} can be used: {'; '.join(map(str, damaged))}."
-            " Put one back from a copy, or begin a new run in another --workdir"
-        )
-    return None, []
-
-
-def find_step(directory: Path, step: int | None, how: str, items: Sequence[str]) -> tuple[Report, list[Report]]:
-    """The step to load: the one asked for, or the newest that is not damaged, and the newer ones that are.
-
-    Raises:
-      CheckpointError: it is not there or damaged: another one is never taken for a step that was asked for.
-    """
-    steps = steps_of(directory)
-    if not steps:
-        raise CheckpointError(f"no checkpoint in {directory}: train first, or name another run")
-    there_are = f"there are {', '.join(map(str, steps))}"
-    if step is None:
-        report, damaged = newest_whole(directory, how, items)
-        assert report
-        return report, damaged
-    if step not in steps:
-        raise CheckpointError(f"no checkpoint of step {step} in {directory}; {there_are}")
-    report = verify(directory, step, how, items)
-    if report.problems:
-        raise CheckpointError(f"{directory}: {report}; {there_are}")
-    return report, []
-
-
-def set_aside(directory: Path, step: int) -> Path:
-    """Rename a damaged step, so that it is no step any more; one that was set aside before by its name is removed."""
-    aside = directory / f"{step}{CORRUPT}"
-    shutil.rmtree(aside, ignore_errors=True)
-    return (directory / str(step)).rename(aside)
-
-
-def _is_of_before(folder: Path) -> bool:
-    """Whether a step without a manifest never had one: it is complete, and does not say that it had."""
-    try:
-        complete = all((folder / item).is_dir() for item in ITEMS)
-        return complete and "format" not in restore_metadata(folder.parent, int(folder.name))
-    except CheckpointError:
-        return False
-
-
 # ----------------------------------------------------------------------------------------------------- what is in it
-
-
-def restore_metadata(directory: Path, step: int) -> dict[str, Any]:
-    """What was saved as JSON with a step.
-
-    Raises:
-      CheckpointError: it is unreadable, or written by a later release.
-    """
-    path = directory / str(step) / "metadata"
-    with _readable(path), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        metadata = checkpointer.restore(path.absolute())
-    if not isinstance(metadata, dict) or type(metadata.get("format", FORMAT)) is not int:
-        raise CheckpointError(f"{path} is damaged: it holds no JSON object with a number as its format")
-    if metadata.get("format", FORMAT) > FORMAT:
-        raise CheckpointError(
-            f"{path.parent} has format {metadata['format']}, this release reads {FORMAT} and older: install the one"
-            f" that wrote it, or a later one ({metadata.get('versions', {}).get('dit_jax', 'it does not say which')})"
-        )
-    return metadata
 
 
 def restore_item(directory: Path, step: int, item: str, shapes: Any) -> Any:
@@ -365,7 +242,7 @@ def _restore(path: Path, shapes: Any, same_types: bool) -> Any:
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:
     """All of a state but the parameters and their average, which can be restored alone."""
-    return {"step": state.step, "opt_state": state.opt_state, "loss_scale": state.loss_scale}
+    return {name: getattr(state, name) for name in ("step", "opt_state", "loss_scale", "skips")}
 
 
 @contextlib.contextmanager

@@ -21,18 +21,18 @@ from dit_jax.errors import CheckpointError, WorkdirError
 from dit_jax.sample import Pipeline
 from dit_jax.sharding import make_mesh, replicated, with_sharding
 from dit_jax.training import manifest
-from dit_jax.training.checkpoint import (
+from dit_jax.training.checkpoint import Checkpoints, restore_item
+from dit_jax.training.loss_scale import LossScale
+from dit_jax.training.saved_steps import (
     ITEMS,
-    Checkpoints,
     find_step,
     newest_whole,
-    restore_item,
     restore_metadata,
     set_aside,
     steps_of,
     verify,
 )
-from dit_jax.training.loss_scale import LossScale
+from dit_jax.training.skips import Skips
 from dit_jax.training.state import TrainState
 from tests.test_train import assert_same_run
 from tests.tiny_run import tiny_config, tiny_flags
@@ -44,8 +44,10 @@ def make_state(step: int, width: int = 3) -> TrainState:
     params = {"a": {"kernel": jax.random.normal(jax.random.key(step), (2, width))}}
     optimizer = optax.adam(0.1)
     ema = jax.tree.map(lambda p: p / 3, params)
-    scale = LossScale(jnp.float32(2.0**step), jnp.int32(step + 1), jnp.int32(step + 2))
-    return TrainState(jnp.int32(step), params, ema, optimizer.init(params), scale)
+    scale = LossScale(jnp.float32(2.0**step), jnp.int32(step + 1))
+    return TrainState(
+        jnp.int32(step), params, ema, optimizer.init(params), scale, Skips(jnp.int32(step + 2), jnp.int32(step + 3))
+    )
 
 
 def save(checkpoints: Checkpoints, state: TrainState):
