@@ -93,6 +93,7 @@ def test_the_program_ends_in_one_line(plant, tmp_path, capsys):
     assert exit.value.code == 2 and error.count("\n") == 1 and "pytorch_model.bin" in error and "save_file" in error
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's other reads
 @pytest.mark.parametrize("form", ["run", "safetensors", "orbax"])
 def test_models_any_file_of_which_is_a_pickle(form, plant, tiny_run, tmp_path):
     """An export has no hashes: its files are what they are."""
