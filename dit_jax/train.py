@@ -3,6 +3,8 @@
     workdir/  config.json  checkpoints/<step>/  metrics.jsonl  timing.jsonl  tb/  samples/  STATUS.json
               bad_records.jsonl, diverged/, logs/ where there was something to tell
 
+Several processes call it alike (`dit_jax.processes`); the first of them writes and says what there is to say.
+
 Called again with the same config it goes on where the last checkpoint ends, and leaves the same files and numbers
 as a run that was never interrupted.
 """
@@ -28,7 +30,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import dit_jax
-from dit_jax import build
+from dit_jax import build, processes
 from dit_jax.config import is_export, take_over, to_json
 from dit_jax.data.ahead import ahead
 from dit_jax.data.cache.gather import Cache
@@ -55,7 +57,7 @@ from dit_jax.training.step import TrainStep
 from dit_jax.training.stop import Stop
 from dit_jax.training.validation import NAME, Validation, as_row, in_words
 from dit_jax.training.watchdog import Watchdog
-from dit_jax.training.writer import Watch, Writer, has_row
+from dit_jax.training.writer import Silent, Watch, Writer, has_row
 from dit_jax.trees import count_parameters
 
 GRID = 16  # captions of the training set in a sample grid when the config names no prompts
@@ -105,7 +107,7 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
 
     # ---- where it stands
     checkpoints = open_checkpoints(config, workdir, identity)
-    start = checkpoints.latest_step() or 0
+    start = processes.of_first(checkpoints.latest_step() or 0)
     stop = min(config.stop_at_step or config.total_steps, config.total_steps)
     banner(config, workdir, start, mesh, len(source), len(held_out or ()), (vae, text_encoder))
     scored, drawn = functools.partial(is_scored, workdir), functools.partial(is_drawn, workdir)
@@ -134,10 +136,12 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
     feed = open_feed(config, workdir, source, vae, preview, text_encoder, say)
     validation = None
     if held_out is not None:
-        records = open_validation(config, workdir / "bad_records.jsonl", held_out, vae, text_encoder, say)
+        listed = processes.own_file(workdir / "bad_records.jsonl")
+        records = open_validation(config, listed, held_out, vae, text_encoder, say)
         validation = build.make_validation(config, model, process, records, mesh)
-    with writable(workdir):
-        write_whole(workdir / "config.json", to_json(config))
+    if processes.is_first():
+        with writable(workdir):
+            write_whole(workdir / "config.json", to_json(config))
     step_function = build.make_step(config, model, process, optimizer, learning_rate)
 
     # ---- the loop
@@ -145,14 +149,16 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
         checkpoints.room(),
         closing(checkpoints),
         status,
-        closing(Writer(workdir, start, config.wandb_project, config.to_dict(), watch)) as writer,
+        closing(make_writer(config, workdir, start, watch)) as writer,
         closing(make_progress(config, writer, start, training_flops(model, side, side), mesh)) as progress,
     ):
         pipeline = Pipeline(config, preview, text_encoder, state.ema, Trained(start, "ema", **identity))
         prompts = config.sample.prompts or tuple(
             captions[0] for captions in itertools.islice(filter(None, source.captions()), GRID)
         )
-        on_devices = (put_batch(batch, mesh) for batch in feed.batches(start, stop))
+        draw = functools.partial(draw_samples, pipeline, prompts, workdir, writer)
+        mine = feed.batches(start, stop, processes.own_rows(config.batch_size))
+        on_devices = (put_batch(batch, mesh) for batch in mine)
         with closing(ahead(on_devices, AHEAD, config.data.patience, config.data.source)) as coming:
             train_steps: dict[tuple[int, ...], Callable[..., Any]] = {}
             batches: Iterator[dict[str, jax.Array]] = coming
@@ -161,7 +167,7 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
                 train_steps = compile_steps(step_function, state, first, feed.grids)
                 batches = itertools.chain([first], coming)
             with (
-                Stop(deadline, may_break_off=True) as told,
+                Stop(deadline, processes.agreement()) as told,
                 Watchdog(config.stall_patience, workdir / "logs", status.stalled) as watchdog,
             ):
                 loop = Loop(
@@ -169,7 +175,7 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
                     batches=batches,
                     due=due,
                     validate=Duty(functools.partial(score, validation, writer), scored),
-                    draw=Duty(functools.partial(draw_samples, pipeline, prompts, workdir, writer), drawn),
+                    draw=Duty(functools.partial(draw_by_first, draw), drawn),
                     checkpoints=checkpoints,
                     metadata=describe(config, identity, mesh),
                     progress=progress,
@@ -198,22 +204,25 @@ def offer_embedded() -> Iterator[None]:
 def open_checkpoints(config: ConfigDict, workdir: Path, identity: dict[str, str]) -> Checkpoints:
     """The checkpoints of a run, which is a new one or the same as before in config, data and encoders.
 
-    The newest is verified; where it is damaged, it is set aside and the run goes on from the one before.
+    The newest is verified; where it is damaged, it is set aside and the run goes on from the one before. Of several
+    processes the first does both.
     """
     if is_export(workdir / "config.json"):
         raise ConfigError(
             f"{workdir} is an export, not a run: give another --workdir (init_from={workdir} begins with it)"
         )
     directory = workdir / "checkpoints"
-    whole, damaged = newest_whole(directory, config.verify_checkpoints, ITEMS)
-    if whole:
+    whole, damaged = newest_whole(directory, config.verify_checkpoints, ITEMS) if processes.is_first() else (None, [])
+    step = processes.of_first(whole and whole.step)
+    if step is not None:
         say(f"checkpoint: {whole}")
         take_over(config, workdir)
-        refuse_another(restore_metadata(directory, whole.step), identity)
+        refuse_another(restore_metadata(directory, step), identity)
     with writable(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-        for report in damaged:
-            say(f"warning: checkpoint: {report}; set aside as {set_aside(directory, report.step)}")
+        if processes.is_first():
+            workdir.mkdir(parents=True, exist_ok=True)
+            for report in damaged:
+                say(f"warning: checkpoint: {report}; set aside as {set_aside(directory, report.step)}")
         return Checkpoints(directory, config.keep_latest, config.keep_every)
 
 
@@ -258,6 +267,13 @@ def banner(
     say(f"workdir: {workdir}, " + (f"resuming from step {start}" if start else "a new run"))
 
 
+def make_writer(config: ConfigDict, workdir: Path, start: int, watch: Watch | None) -> Writer:
+    """Where the numbers of this process go."""
+    if not processes.is_first():
+        return Silent()
+    return Writer(workdir, start, config.wandb_project, config.to_dict(), watch)
+
+
 def make_progress(config: ConfigDict, writer: Writer, start: int, flops: int, mesh: Mesh) -> Progress:
     """What is said about a run; ``flops`` are of one training picture."""
     peak = peak_flops(jax.devices()[0].device_kind)
@@ -275,7 +291,10 @@ def make_progress(config: ConfigDict, writer: Writer, start: int, flops: int, me
 def compile_steps(
     step: TrainStep, state: TrainState, batch: dict[str, jax.Array], grids: Sequence[tuple[int, int]]
 ) -> dict[tuple[int, ...], Callable[..., Any]]:
-    """Compile the train step for batches like this one on every latent grid, and say how long that took."""
+    """Compile the train step for batches like this one on every latent grid, and say how long that took.
+
+    All processes return at a time: the first all-reduce does not wait for one that is slower.
+    """
     several = f" for {len(grids)} shapes of pictures" if len(grids) > 1 else ""
     say(f"compiling the train step{several} ...")
     begin = time.monotonic()
@@ -286,6 +305,7 @@ def compile_steps(
             B, *_, C = shapes[key].shape
             shapes[key] = shapes[key].update(shape=(B, h, w, C))
         compiled[h, w] = step.compile(state, shapes)
+    processes.barrier()
     say(f"compiled the train step in {time.monotonic() - begin:.1f} s")
     return compiled
 
@@ -301,7 +321,14 @@ def score(validation: Validation | None, writer: Writer, params: Any, step: int)
 
 def is_scored(workdir: Path, step: int) -> bool:
     """Whether the parameters of a step were validated."""
-    return has_row(workdir / "metrics.jsonl", step, NAME)
+    return processes.of_first(has_row(workdir / "metrics.jsonl", step, NAME))
+
+
+def draw_by_first(draw: Callable[[Any, int], str], params: Any, step: int) -> str:
+    """The first process draws, with its own copy of the parameters; the others wait."""
+    said = draw(processes.own_copy(params), step) if processes.is_first() else ""
+    processes.barrier()
+    return said
 
 
 def draw_samples(
@@ -320,7 +347,7 @@ def draw_samples(
 
 def is_drawn(workdir: Path, step: int) -> bool:
     """Whether the grid of a step is there."""
-    return grid_of(workdir, step).exists()
+    return processes.of_first(grid_of(workdir, step).exists())
 
 
 def grid_of(workdir: Path, step: int) -> Path:

@@ -17,7 +17,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "dit_jax"
 
-LEAVES = {"arrays", "trees", "sharding", "errors", "foreign"}  # layer 0
+LEAVES = {"arrays", "trees", "sharding", "errors", "foreign", "processes"}  # layer 0
 LIBRARIES = {"diffusion", "models", "encoders", "data"}  # layer 1: do not know each other
 ROOMS = {"training", "metrics"}  # layer 2
 # layer 4
@@ -29,6 +29,7 @@ BELOW_PROGRAMS = LEAVES | LIBRARIES | ROOMS | MIDDLE
 MAY_IMPORT = {
     "__init__": set(),
     **{leaf: set() for leaf in LEAVES},
+    "processes": {"errors", "sharding"},
     **{library: LEAVES for library in LIBRARIES},
     **{room: LEAVES | LIBRARIES for room in ROOMS},
     "config": LEAVES,  # knows of no object that is made from it
@@ -40,7 +41,7 @@ MAY_IMPORT = {
     "runtime": LEAVES,  # how programs start and end
     **{program: BELOW_PROGRAMS | {"sample"} for program in PROGRAMS},
     "train": BELOW_PROGRAMS | {"evaluate"},
-    "main": PROGRAMS | {"config", "runtime"},
+    "main": PROGRAMS | {"config", "runtime", "errors", "processes"},
 }
 
 # Read by one kind of source each, imported inside the functions that need them.

@@ -22,6 +22,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
+from dit_jax import processes
 from dit_jax.errors import CheckpointError, WorkdirError
 from dit_jax.training import manifest
 from dit_jax.training.saved_steps import FORMAT, ITEMS, TREES, UNFINISHED, steps_of, verify
@@ -60,8 +61,10 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep_latest: int, keep_every: int):
         self.directory = directory.absolute()
-        for left in self.directory.glob(f"*{UNFINISHED}*"):
-            shutil.rmtree(left)
+        if processes.is_first():
+            for left in self.directory.glob(f"*{UNFINISHED}*"):
+                shutil.rmtree(left)
+        processes.barrier()
         # the whole policy is written out: Orbax drops recency when only a part of it is given
         policies: list[Any] = [LatestN(keep_latest), *([EveryNSteps(keep_every)] if keep_every else [])]
         self._manager = ocp.CheckpointManager(
@@ -111,6 +114,8 @@ class Checkpoints:
     def committed(self) -> Commit | None:
         """The save that was committed since the last call, if any; does not wait.
 
+        Of several processes the first looks and tells.
+
         Raises:
           WorkdirError: it did not arrive.
         """
@@ -118,6 +123,8 @@ class Checkpoints:
             return None
         self.wait()
         (step, started), self._pending = self._pending, None
+        if not processes.is_first():
+            return None
         path = self.directory / str(step)
         problems = manifest.verify(path, "fast", ITEMS).problems
         if problems:

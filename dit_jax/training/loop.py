@@ -119,7 +119,7 @@ class Loop:
                 self._save(state, step)
             self._perform(self.draw, state, step, self.due.samples(step))
             self._report(self.checkpoints.committed())
-            if self.stop.reason:
+            if self.stop.agreed():
                 if not saved:
                     self._save(state, step)
                 break

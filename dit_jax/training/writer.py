@@ -89,3 +89,22 @@ class Writer:
         """End the run at Weights & Biases; all else is written already."""
         if self._wandb is not None:
             self._wandb.finish()
+
+
+class Silent(Writer):
+    """What the processes beside the first have in its place: it writes nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def metrics(self, step: int, row: dict[str, float]) -> None:
+        """The first process writes them."""
+
+    def timing(self, step: int, row: dict[str, float]) -> None:
+        """The first process writes its own."""
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """The first process shows it."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
