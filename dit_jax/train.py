@@ -111,11 +111,14 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
     stop = min(config.stop_at_step or config.total_steps, config.total_steps)
     banner(config, workdir, start, mesh, len(source), len(held_out or ()), (vae, text_encoder))
     scored, drawn = functools.partial(is_scored, workdir), functools.partial(is_drawn, workdir)
+    spent = restore_metadata(checkpoints.directory, start).get("productive_seconds", 0.0) if start else 0.0
+    status = Status(workdir, start, config.total_steps, spent, begun)
     owed = start and ((due.validates(start) and not scored(start)) or (due.samples(start) and not drawn(start)))
     if start >= stop and not owed:
         limit = "" if stop == config.total_steps else f" (stop_at_step {stop} of {config.total_steps})"
         say(f"nothing to do: step {start} of {stop} is done{limit}")
         checkpoints.close()
+        status.settle()
         return None
     for note in notes:
         say(f"warning: {note}")
@@ -142,11 +145,10 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
     step_function = build.make_step(config, model, process, optimizer, learning_rate)
 
     # ---- the loop
-    spent = restore_metadata(checkpoints.directory, start).get("productive_seconds", 0.0) if start else 0.0
     with (
         checkpoints.room(),
         closing(checkpoints),
-        Status(workdir, start, config.total_steps, spent, begun) as status,
+        status,
         closing(make_writer(config, workdir, start, watch)) as writer,
         closing(make_progress(config, writer, start, training_flops(model, side, side), mesh)) as progress,
     ):
