@@ -154,7 +154,8 @@ def quiet_libraries() -> None:
     for name in ("jax", "orbax"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # what fails in a thread of Orbax is raised where the save is waited for, and need not be shown as it happens
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.showwarning = _show_warning
     sys.unraisablehook = functools.partial(_show_unraisable, sys.unraisablehook)
 

@@ -39,6 +39,7 @@ from dit_jax.resolve import resolve
 from dit_jax.runtime import git_commit, writable, write_whole
 from dit_jax.sharding import make_mesh, put_batch
 from dit_jax.stored import Trained, begin_from, open_origin
+from dit_jax.stores import folder_of
 from dit_jax.training.checkpoint import Checkpoints, Commit
 from dit_jax.training.progress import Progress, check_finite
 from dit_jax.training.saved_steps import ITEMS, newest_whole, restore_metadata, set_aside
@@ -47,18 +48,19 @@ from dit_jax.training.step import TrainStep
 from dit_jax.training.validation import Validation, as_row, in_words
 from dit_jax.training.writer import Watch, Writer
 from dit_jax.trees import count_parameters
+from dit_jax.workdir import Workdir, open_workdir
 
 GRID = 16  # captions of the training set in a sample grid when the config names no prompts
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 AHEAD = 3  # batches that are on the devices, or on their way, before the step that takes them
 
 
-def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainState | None:
+def run(config: ConfigDict, workdir: Path | str, watch: Watch | None = None) -> TrainState | None:
     """Train from the config, or from where ``workdir`` stands, to ``total_steps`` or ``stop_at_step``.
 
     Args:
       config: as `dit_jax.config.load_config` returns it; its gaps are filled in place.
-      workdir: the run's folder; made if it is not there.
+      workdir: the run's folder, here or in a bucket; made if it is not there.
       watch: called with a step and its row of numbers, or its grid of samples as uint8 ``[height, width, 3]``, as soon
         as they are written; what a notebook draws.
 
@@ -71,7 +73,14 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
       DivergedError: the loss or its gradient is not finite; nothing is saved after it.
       CheckpointError: there are checkpoints, but none that can be used.
       WorkdirError: a workdir that cannot be written to or is full; what was said to be saved is.
+      FetchError: a bucket that cannot be reached.
     """
+    with open_workdir(folder_of(str(workdir))) as opened:
+        return train(config, opened, watch)
+
+
+def train(config: ConfigDict, workdir: Workdir, watch: Watch | None) -> TrainState | None:
+    """All of a run, in a workdir that is at hand; see `run`."""
     # ---- what there is
     mesh = make_mesh(jax.devices())
     source = build.make_source(config, "train")  # first: a folder that is not there must cost no download
@@ -92,7 +101,7 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
     checkpoints = open_checkpoints(config, workdir, identity)
     start = checkpoints.latest_step() or 0
     stop = min(config.stop_at_step or config.total_steps, config.total_steps)
-    banner(config, workdir, start, mesh, len(source), len(held_out or ()), (vae, text_encoder))
+    banner(config, workdir.place, start, mesh, len(source), len(held_out or ()), (vae, text_encoder))
     if start >= stop:
         limit = "" if stop == config.total_steps else f" (stop_at_step {stop} of {config.total_steps})"
         say(f"nothing to do: step {start} of {stop} is done{limit}")
@@ -111,13 +120,13 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
             state = begin_from(open_origin(config, identity, say), state, vae.factor, say)
     scaled = " with a dynamic loss scale" if dtype == jnp.float16 else ""
     say(f"parameters: {count_parameters(state.params):,}; compute in {np.dtype(dtype).name}{scaled}")
-    feed = open_feed(config, workdir, source, vae, preview, text_encoder, say)
+    feed = open_feed(config, workdir.folder, source, vae, preview, text_encoder, say)
     validation = None
     if held_out is not None:
-        records = open_validation(config, workdir / "bad_records.jsonl", held_out, vae, text_encoder, say)
+        records = open_validation(config, workdir.folder / "bad_records.jsonl", held_out, vae, text_encoder, say)
         validation = build.make_validation(config, model, process, records, mesh)
-    with writable(workdir):
-        write_whole(workdir / "config.json", to_json(config))
+    with writable(workdir.folder):
+        write_whole(workdir.folder / "config.json", to_json(config))
     step_function = build.make_step(config, model, process, optimizer, learning_rate)
     metadata = describe(config, identity, mesh)
 
@@ -125,14 +134,14 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
     with (
         checkpoints.room(),
         closing(checkpoints),
-        closing(Writer(workdir, start, config.wandb_project, config.to_dict(), watch)) as writer,
+        closing(Writer(workdir.folder, start, config.wandb_project, config.to_dict(), watch)) as writer,
         closing(make_progress(config, writer, start, training_flops(model, side, side), mesh)) as progress,
     ):
         pipeline = Pipeline(config, preview, text_encoder, state.ema, Trained(start, "ema", **identity))
         prompts = config.sample.prompts or tuple(
             captions[0] for captions in itertools.islice(filter(None, source.captions()), GRID)
         )
-        draw = functools.partial(draw_samples, pipeline, prompts, workdir / "samples", writer)
+        draw = functools.partial(draw_samples, pipeline, prompts, workdir, writer)
         on_devices = (put_batch(batch, mesh) for batch in feed.batches(start, stop))
         with closing(ahead(on_devices, AHEAD, config.data.patience, config.data.source)) as coming:
             first = next(coming)
@@ -214,26 +223,24 @@ def offer_embedded() -> Iterator[None]:
         ) from error
 
 
-def open_checkpoints(config: ConfigDict, workdir: Path, identity: dict[str, str]) -> Checkpoints:
+def open_checkpoints(config: ConfigDict, workdir: Workdir, identity: dict[str, str]) -> Checkpoints:
     """The checkpoints of a run, which is a new one or the same as before in config, data and encoders.
 
     The newest is verified; where it is damaged, it is set aside and the run goes on from the one before.
     """
-    if is_export(workdir / "config.json"):
-        raise ConfigError(
-            f"{workdir} is an export, not a run: give another --workdir (init_from={workdir} begins with it)"
-        )
-    directory = workdir / "checkpoints"
+    place, directory = workdir.place, workdir.checkpoints
+    if is_export(workdir.folder / "config.json"):
+        raise ConfigError(f"{place} is an export, not a run: give another --workdir (init_from={place} begins with it)")
     whole, damaged = newest_whole(directory, config.verify_checkpoints, ITEMS)
     if whole:
         say(f"checkpoint: {whole}")
-        take_over(config, workdir)
+        take_over(config, workdir.folder)
         refuse_another(restore_metadata(directory, whole.step), identity)
-    with writable(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
+    with writable(place):
+        workdir.folder.mkdir(parents=True, exist_ok=True)
         for report in damaged:
             say(f"warning: checkpoint: {report}; set aside as {set_aside(directory, report.step)}")
-        return Checkpoints(directory, config.keep_latest, config.keep_every)
+        return Checkpoints(directory, config.keep_latest, config.keep_every, before_commit=workdir.bring)
 
 
 def describe(config: ConfigDict, identity: dict[str, str], mesh: Mesh) -> dict[str, Any]:
@@ -318,17 +325,25 @@ def score(validation: Validation, writer: Writer, params: Any, step: int) -> str
 
 
 def draw_samples(
-    pipeline: Pipeline, prompts: Sequence[str], folder: Path, writer: Writer, params: Any, step: int
+    pipeline: Pipeline, prompts: Sequence[str], workdir: Workdir, writer: Writer, params: Any, step: int
 ) -> Path:
-    """Draw the fixed prompts with fixed noise and these parameters; write a grid and show it on TensorBoard."""
+    """Draw the fixed prompts with fixed noise and these parameters; write a grid and show it on TensorBoard.
+
+    Returns:
+      Where the grid is, or will be brought to.
+    """
     pipeline.params, pipeline.trained = params, dataclasses.replace(pipeline.trained, step=step)
     pixels = pipeline.draw(prompts, range(len(prompts)))
     grid = make_grid([Image.fromarray(p) for p in pixels], columns=min(len(prompts), 4))
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{step:08d}.png"
-    save_png(grid, path, {"prompt": "\n".join(prompts), "seed": f"0 to {len(prompts) - 1}", "step": str(step)})
+    name = f"samples/{step:08d}.png"
+    (workdir.folder / name).parent.mkdir(exist_ok=True)
+    save_png(
+        grid,
+        workdir.folder / name,
+        {"prompt": "\n".join(prompts), "seed": f"0 to {len(prompts) - 1}", "step": str(step)},
+    )
     writer.image(step, "samples", np.asarray(grid))
-    return path
+    return workdir.place / name
 
 
 def say(line: str) -> None:
