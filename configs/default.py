@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
     c.total_steps = 100_000  # length of the run and of the learning-rate schedule; 0: use total_epochs
     c.total_epochs = 0  # only read when total_steps is 0
     c.stop_at_step = 0  # save and stop after this step although the run is longer; 0 is off
+    c.max_hours = 0.0  # save and end with exit code 75 after so many hours, before a scheduler's limit; 0 is off
     c.batch_size = 128  # pictures a step, over all devices
     c.accumulate = (
         1  # slices of the batch whose gradients are added up: less memory, same loss but for the draws of dropout
@@ -37,6 +38,13 @@ def get_config() -> ConfigDict:
     # compute: auto | float32 | bfloat16 | float16 (with dynamic loss scaling). auto: float32 on CPU, bfloat16 on TPU
     # and GPU, float16 on a GPU older than Ampere (T4, V100)
     c.dtype = "auto"
+
+    # ---- what ends a run
+    # a step whose loss or gradient is not finite is skipped; so many in a row end the run, with exit code 4
+    c.max_skipped_in_a_row = 10
+    c.stall_patience = (
+        600.0  # seconds of a step, and 20 times the usual, that end it with exit code 9; 0 waits for ever
+    )
 
     # ---- what is written, in steps; 0 is off
     c.log_every = 100

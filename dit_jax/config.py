@@ -16,14 +16,39 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dit_jax import foreign
 from dit_jax.errors import CheckpointError, ConfigError
 
 SECTIONS = ("latents", "data", "diffusion", "model", "sample")
 
+# The keys of the first release, by what they hold. What came later is in ADDED, and holds what it says there.
+FIRST: dict[type, str] = {
+    int: """
+        seed total_steps total_epochs stop_at_step batch_size accumulate warmup_steps
+        log_every save_every sample_every keep_latest keep_every
+        data.image_size data.num_pictures data.max_objects data.workers
+        model.hidden_size model.num_layers model.num_heads model.attention_head_dim model.patch_size
+        model.in_channels model.out_channels model.text_length model.text_width model.pooled_width
+        sample.steps""",
+    float: """
+        learning_rate adam_b1 adam_b2 muon_momentum weight_decay clip_norm ema_decay caption_dropout
+        data.validation_fraction data.max_bad_fraction
+        diffusion.shift diffusion.logit_mean diffusion.logit_std
+        model.mlp_ratio model.dropout model.time_scale
+        sample.eta sample.guidance_scale""",
+    str: """
+        optimizer learning_rate_schedule dtype wandb_project vae text_encoder latents.normalize
+        data.source data.crop data.flip data.encode diffusion.schedule diffusion.prediction diffusion.times
+        model.text_mode model.text_pool model.modulation model.remat sample.sampler""",
+    tuple: "latents.shift latents.scale sample.prompts",
+}
 # What keys mean that the config.json of an older run does not have.
 ADDED = {
     "init_from": "",
     "preview_vae": "",
+    "max_hours": 0.0,
+    "max_skipped_in_a_row": 10,  # of 1: the first one ended the run
+    "stall_patience": 600.0,
     "validate_every": 0,
     "verify_checkpoints": "full",
     "data.storage_dtype": "float32",
@@ -52,12 +77,17 @@ ADDED = {
     "sample.apg_norm": 0.0,
     "sample.strength": 0.6,
 }
+KINDS = {key: kind for kind, keys in FIRST.items() for key in keys.split()}
+KINDS |= {key: type(value) for key, value in ADDED.items()}
 WORDS = ("sample.prompts",)  # tuples that hold text; all others hold numbers
+LARGEST = 2**53  # of whole numbers: JSON has larger ones, no config needs them
 TRAINED = "trained"  # what the config.json of an export says beside the config: see dit_jax.stored
 
 # What a run that is resumed may change; every other key must be what it was.
 CHANGEABLE = (
     "stop_at_step",
+    "max_hours",
+    "stall_patience",
     "log_every",
     "save_every",
     "sample_every",
@@ -153,21 +183,50 @@ def _fresh(config: ConfigDict) -> ConfigDict:
 
 
 def read_json(path: Path) -> ConfigDict:
-    """A resolved config, as a run or an export keeps it."""
+    """A resolved config, as a run or an export keeps it.
+
+    Raises:
+      ConfigError: it is none: too large, too deep, without a key or with one more, or a value of another type.
+    """
     found = _tuples(_read_object(path))
     try:
         config = _with_sections(ConfigDict({key: found[key] for key in found if key != TRAINED}), path)
-    except ValueError as error:
-        raise ConfigError(f"{path} is not a config: {error}") from error
-    for key in ADDED.keys() - flatten(config).keys():
-        _set(config, key, ADDED[key])
+        for key in ADDED.keys() - flatten(config).keys():
+            _set(config, key, ADDED[key])
+    except (ValueError, TypeError, AttributeError, KeyError) as error:  # as ConfigDict says what cannot be a name in it
+        raise ConfigError(f"{path} is not a config: {_reason(error)}") from error
+    _check_kinds(config, path)
     return config
+
+
+def _check_kinds(config: ConfigDict, path: Path) -> None:
+    """Raises ConfigError where a config that was read has other keys than a config, or values of other types."""
+    values = flatten(config)
+    if missing := sorted(KINDS.keys() - values.keys()):
+        raise ConfigError(f"{path} is not a config: it has no {', '.join(missing[:3])}")
+    if unknown := sorted(values.keys() - KINDS.keys()):
+        raise ConfigError(
+            f"{path} has keys that this release does not know, {ascii(', '.join(unknown[:3]))[:200]}: a later one wrote"
+            " it, or it is no config"
+        )
+    for key, value in values.items():
+        kind, one = KINDS[key], str if key in WORDS else float
+        parts = value if kind is tuple and isinstance(value, tuple) else ()
+        if not _is(value, kind) or not all(_is(part, one) for part in parts):
+            raise ConfigError(f"{path} is not a config: {key} is {value!a:.100}, and should be a {kind.__name__}")
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value that was read has a type; a whole number may stand for a float."""
+    if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+        return False
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     """The object of a JSON file; empty if the file holds something else."""
     try:
-        found = json.loads(path.read_text())
+        found = foreign.read_json(path)
     except ValueError as error:
         raise ConfigError(f"{path} is not a config: {error}") from error
     return found if isinstance(found, dict) else {}
@@ -240,10 +299,10 @@ def _parse(key: str, text: str, old: Any) -> Any:
         if kind is tuple:
             value = ast.literal_eval(text) if text[:1] in ("(", "[") else tuple(text.split(",")) if text else ()
             values = value if isinstance(value, tuple | list) else [value]
-            return tuple(values) if key in WORDS else tuple(float(one) for one in values)
+            return tuple((str if key in WORDS else float)(one) for one in values)
         return kind(text.replace("_", "") if kind is int else text)
-    except (ValueError, KeyError, SyntaxError, TypeError) as error:
-        raise ConfigError(f"{key} takes a {kind.__name__}, not {text!r} (it is {old!r})") from error
+    except (ValueError, KeyError, SyntaxError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"{key} takes a {kind.__name__}, not {text!r:.200} (it is {old!r})") from error
 
 
 # ----------------------------------------------------------------------------------------------------- comparing

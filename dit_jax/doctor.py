@@ -12,7 +12,6 @@ there is one. Nothing is changed.
 
 import argparse
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import dit_jax
 from dit_jax.errors import CheckpointError
+from dit_jax.foreign import read_rows
 from dit_jax.runtime import (
     compile_cache,
     git_commit,
@@ -177,9 +177,9 @@ def _mib(folder: Path) -> float:
 def _last_figure(workdir: Path, name: str, step: int) -> str:
     """What ``metrics.jsonl`` has by a name at a step, or last before it; a dash where it has nothing."""
     path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut off
-    found = [row[name] for row in rows if row["step"] <= step and row.get(name) is not None]
+    rows = [row for _, row in read_rows(path)] if path.is_file() else []
+    at = [row.get(name) for row in rows if type(row.get("step")) is int and row["step"] <= step]
+    found = [value for value in at if isinstance(value, float)]
     return f"{found[-1]:.4f}" if found else "-"
 
 

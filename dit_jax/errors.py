@@ -48,3 +48,17 @@ class FetchError(UserError):
 
     exit_code = 7
     kind = "fetch error"
+
+
+class LostError(UserError):
+    """Another process of the run, or the device, does not answer any more."""
+
+    exit_code = 9
+    kind = "lost"
+
+
+class PreemptedError(UserError):
+    """The program was told to end before it was done; what it had done is saved, and it can be started again."""
+
+    exit_code = 75
+    kind = "preempted"

@@ -59,11 +59,13 @@ class Feed(NamedTuple):
     """The data of a run.
 
     Attributes:
-      batches: (first step, last step) -> encoded batches of the steps between.
+      batches: (first step, last step) -> encoded batches of the steps between; the first step of a run is 0 here.
+      records: step -> the records of its batch, int64 ``[B]``, places in the source.
       grids: the latent grids ``(h, w)`` that batches have: one per bucket that has records.
     """
 
     batches: Batches
+    records: Callable[[int], np.ndarray]
     grids: list[tuple[int, int]]
 
 
@@ -97,7 +99,8 @@ def open_feed(
         check_bad(config, source)
         order = build.make_order(config, source, source.bucket).without(source.bad)
         flip = source.mirrored and data.flip != "off"
-        encoded_batches = gathered_batches(config, source, order, flip)
+        records = gathered_records(config, source, order)
+        encoded_batches = gathered_batches(config, source, records, flip)
         shapes = source.shapes
         say_long(*source.captions_of_length(text_encoder.length), text_encoder.length, say)
         if source.bad.any():
@@ -114,13 +117,18 @@ def open_feed(
         if data.encode == "once":
             cache = encode_once(config, source, bucket, shapes, samples.flip, vae, text_encoder, bad_records, say)
             order = order.without(cache.bad)
-            encoded_batches = gathered_batches(config, cache, order, samples.flip)
+            records = gathered_records(config, cache, order)
+            encoded_batches = gathered_batches(config, cache, records, samples.flip)
             say_long(*cache.captions_of_length(text_encoder.length), text_encoder.length, say)
         else:
             tokenize = functools.partial(encode.tokenize_quietly, text_encoder)
             full = tokenize([sample.caption for sample in first])[1].all(1)
             longest = first[int(full.argmax())].caption
             say_long(int(full.sum()), longest, text_encoder.length, say, f" of the first {len(first)}")
+
+            def records(step: int) -> np.ndarray:
+                B = config.batch_size
+                return np.array([samples[k].used for k in range(step * B, (step + 1) * B)])
 
             def encoded_batches(start: int, stop: int) -> Generator[EncodedBatch, None, None]:
                 how = THREADS, data.workers, data.patience
@@ -132,7 +140,8 @@ def open_feed(
     if not config.latents.scale:
         fill_latents(config, vae, encoded_batches, len(source))
     say_start_check(config, encoded_batches, images, vae, preview, say)
-    return Feed(encoded_batches, [tuple(side // vae.factor for side in shapes[bucket]) for bucket in order.used])
+    grids = [tuple(side // vae.factor for side in shapes[bucket]) for bucket in order.used]
+    return Feed(encoded_batches, records, grids)
 
 
 def open_validation(
@@ -228,15 +237,20 @@ def note_problems(bad_records: BadRecords, table: Table, unit: Unit, shard: Pict
             bad_records.add(records[row], Replaced(table.ids[records[row]], reason, None))
 
 
-def gathered_batches(config: ConfigDict, cache: Cache, order: Order, flip: bool) -> Batches:
+def gathered_records(config: ConfigDict, cache: Cache, order: Order) -> Callable[[int], np.ndarray]:
+    """Step -> the records of a cache that its batch is gathered from, int64 ``[B]``."""
+    used, B = order.stand_ins(cache.bad), config.batch_size
+    return lambda step: used[order.indices(np.arange(step * B, (step + 1) * B))]
+
+
+def gathered_batches(config: ConfigDict, cache: Cache, records: Callable[[int], np.ndarray], flip: bool) -> Batches:
     """Batches of a cache, gathered by threads."""
-    used = order.stand_ins(cache.bad)
     B, seed = config.batch_size, config.seed
 
     def make(step: int) -> EncodedBatch:
         k = np.arange(step * B, (step + 1) * B)
         sides = is_mirrored(k, seed) if flip else np.zeros(B, bool)
-        return cache.gather(used[order.indices(k)], caption_words(k, seed), sides)
+        return cache.gather(records(step), caption_words(k, seed), sides)
 
     return lambda start, stop: gathered(make, start, stop, max(1, config.data.workers))
 

@@ -102,6 +102,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             "batch_size",
             "accumulate",
             "keep_latest",
+            "max_skipped_in_a_row",
             "model.patch_size",
             "data.image_size",
             "sample.steps",
@@ -114,6 +115,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         (
             "warmup_steps",
             "stop_at_step",
+            "max_hours",
+            "stall_patience",
             "log_every",
             "save_every",
             "sample_every",

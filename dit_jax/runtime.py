@@ -1,16 +1,19 @@
 """How every program starts and ends: devices, compile cache, quiet libraries, exit codes.
 
-=====  =======================================  =====  ====================================
-0      done                                     5      checkpoint unusable
-1      internal error, with its traceback       6      out of memory
-2      usage or config                          7      network or model fetch
-3      data                                     8      workdir full or not writable
+=====  =======================================  =====  ==============================================
+0      done                                     7      network or model fetch
+1      internal error, with its traceback       8      workdir full or not writable
+2      usage or config                          9      another process lost, or stalled
+3      data                                     75     preempted (SIGTERM, SIGUSR1): start me again
 4      diverged (loss or gradient not finite)   130    interrupted (Ctrl-C)
-=====  =======================================  =====  ====================================
+5      checkpoint unusable                      128+n  signal n came while an earlier one was obeyed
+6      out of memory
+=====  =======================================  =====  ==============================================
 """
 
 import argparse
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -24,18 +27,25 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dit_jax.errors import ConfigError, UserError, WorkdirError
+from dit_jax.errors import ConfigError, PreemptedError, UserError, WorkdirError
 
 OUT_OF_MEMORY = 6
 INTERRUPTED = 130
+# What asks a program to end. Schedulers send the latter two before they take a machine away; Windows has no SIGUSR1.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 # What a full disk is called by the system and by tensorstore, whose messages begin with RESOURCE_EXHAUSTED too.
 DISK_FULL = ("No space left", "os_error_code='28'", "Disk quota")
 
 
-def _interrupt_once(*_: Any) -> None:
-    """The first Ctrl-C ends the program; more of them must not tear what it still writes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
+class _Told(BaseException):
+    """A scheduler's signal, by its name; no error, so that nothing on the way takes it for one."""
+
+
+def _end_program(number: int, _: Any) -> None:
+    """The first signal ends the program, which closes what is open; one more ends it where it is."""
+    for each in SIGNALS:
+        signal.signal(each, lambda number, _: os._exit(128 + number))
+    raise KeyboardInterrupt if number == signal.SIGINT else _Told(signal.Signals(number).name)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -74,16 +84,16 @@ def run_program(main: Callable[[], None], show_traceback: bool, less_memory: str
 
     ``less_memory`` is what the user of this program can do when the device's memory is not enough.
     """
-    signal.signal(signal.SIGINT, _interrupt_once)
+    before = {number: signal.signal(number, _end_program) for number in SIGNALS}
     try:
         main()
     except UserError as error:
         _end(f"{error.kind}: {error}", error.exit_code, show_traceback)
-    except KeyboardInterrupt:
-        _say_end("interrupted", show_traceback)
-        sys.stdout.flush()
-        # all that was open is closed; threads of XLA, which may compile still, must not see the process taken apart
-        os._exit(INTERRUPTED)
+    except KeyboardInterrupt as error:
+        _end_at_once(": ".join(filter(None, ["interrupted", str(error)])), INTERRUPTED, show_traceback)
+    except _Told as told:
+        line = f"{PreemptedError.kind}: {told}; what was done is kept, the same command goes on"
+        _end_at_once(line, PreemptedError.exit_code, show_traceback)
     except Exception as error:
         said = str(error)
         if any(sign in said for sign in DISK_FULL):
@@ -92,6 +102,9 @@ def run_program(main: Callable[[], None], show_traceback: bool, less_memory: str
         if "RESOURCE_EXHAUSTED" not in said:
             raise
         _end(f"out of memory: the device cannot hold this; {less_memory}", OUT_OF_MEMORY, show_traceback)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -116,10 +129,19 @@ def _end(line: str, code: int, show_traceback: bool) -> None:
     sys.exit(code)
 
 
+def _end_at_once(line: str, code: int, show_traceback: bool) -> None:
+    """All that was open is closed; threads of XLA, which may compile still, must not see the process taken apart."""
+    _say_end(line, show_traceback)
+    sys.stdout.flush()
+    os._exit(code)
+
+
 def _say_end(line: str, show_traceback: bool) -> None:
     if show_traceback:
         traceback.print_exc()
-    print(line, file=sys.stderr, flush=True)
+    # what a stranger's file is called, or says, must not write to a terminal as it likes
+    shown = "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in line)
+    print(shown, file=sys.stderr, flush=True)
 
 
 def set_up(allow_cpu: bool, verbose: bool) -> None:
@@ -135,7 +157,9 @@ def set_up(allow_cpu: bool, verbose: bool) -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = compile_cache()
         try:
-            cache.mkdir(parents=True, exist_ok=True)
+            cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if hasattr(os, "getuid") and cache.stat().st_uid != os.getuid():  # Windows has none
+                raise PermissionError(errno.EACCES, "it is another user's, and what is in it is run as code")
             cache.chmod(0o700)
             jax.config.update("jax_compilation_cache_dir", str(cache))
         except OSError as error:

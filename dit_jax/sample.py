@@ -7,7 +7,6 @@ notebook uses, is here by a stable name.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 from dit_jax.drawing.pictures import BATCH, Archive, Folder, cut_into_batches, make_grid
 from dit_jax.drawing.pipeline import Pipeline, check_seeds, spread_seeds
 from dit_jax.errors import ConfigError
+from dit_jax.foreign import parse_json
 from dit_jax.runtime import add_flags, path_of, run_program, set_up, writable
 
 __all__ = ["Pipeline", "add_model_flags", "main", "make_grid", "read_prompts"]
@@ -99,7 +99,7 @@ def read_prompts(path: Path) -> list[Wish]:
 
 def _read_row(line: str, place: str) -> Wish:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise ConfigError(f"{place} is not JSON: {error}") from error
     wish = Wish(row.pop("prompt", None), row.pop("seed", None)) if isinstance(row, dict) else Wish("", None)

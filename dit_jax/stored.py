@@ -10,7 +10,7 @@ hashes of data and encoders. The encoders that it was trained with lie in it, or
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dit_jax import build, stores
+from dit_jax import build, foreign, stores
 from dit_jax.config import TRAINED, flatten, read_run
 from dit_jax.encoders import places
 from dit_jax.errors import CheckpointError, ConfigError
@@ -192,16 +192,23 @@ def _verified(directory: Path, step: int | None, parameters: str, config: Config
     if not report.verifiable:
         warnings.warn(f"{directory}: {report}", stacklevel=3)
     metadata = restore_metadata(directory, report.step)
+    if not all(isinstance(metadata.get(name), str) for name in ("data", *ENCODERS)):
+        raise CheckpointError(f"{directory}: step {report.step} does not say what its parameters came from")
     return Trained(report.step, parameters, **{name: metadata[name] for name in ("data", *ENCODERS)})
 
 
 def _read_trained(path: Path) -> Trained | None:
     """What an export says of its parameters; None of a run, which says it in every checkpoint."""
-    found = json.loads(path.read_text()).get(TRAINED)
-    try:
-        return None if found is None else Trained(**found)
-    except TypeError as error:
-        raise CheckpointError(f"{path} is damaged: its section {TRAINED!r} should have other keys ({error})") from error
+    found = foreign.read_json(path).get(TRAINED)
+    if found is None:
+        return None
+    kinds: dict[str, Any] = {field.name: field.type for field in fields(Trained)}
+    if not isinstance(found, dict) or {name: type(value) for name, value in found.items()} != kinds:
+        should = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
+        raise CheckpointError(f"{path} is damaged: its section {TRAINED!r} should hold {should}")
+    if (named := found["parameters"]) not in ITEM:
+        raise CheckpointError(f"{path} is damaged: its parameters are {named!a:.50}, and can be {', '.join(ITEM)}")
+    return Trained(**found)
 
 
 def _read_safetensors(path: Path, shapes: Any) -> Any:

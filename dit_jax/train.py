@@ -12,7 +12,7 @@ import functools
 import itertools
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
@@ -29,10 +29,12 @@ import dit_jax
 from dit_jax import build
 from dit_jax.config import is_export, take_over, to_json
 from dit_jax.data.ahead import ahead
+from dit_jax.data.cache.gather import Cache
+from dit_jax.data.sources.records import Source
 from dit_jax.drawing.pictures import make_grid, save_png
 from dit_jax.drawing.pipeline import Pipeline
 from dit_jax.encoders import VAE, TextEncoder
-from dit_jax.errors import ConfigError, FetchError
+from dit_jax.errors import ConfigError, DivergedError, FetchError
 from dit_jax.feed import open_feed, open_validation
 from dit_jax.models.flops import peak_flops, training_flops
 from dit_jax.resolve import resolve
@@ -40,13 +42,18 @@ from dit_jax.runtime import git_commit, writable, write_whole
 from dit_jax.sharding import make_mesh, put_batch
 from dit_jax.stored import Trained, begin_from, open_origin
 from dit_jax.stores import folder_of
-from dit_jax.training.checkpoint import Checkpoints, Commit
-from dit_jax.training.progress import Progress, check_finite
+from dit_jax.training.checkpoint import Checkpoints
+from dit_jax.training.divergence import block_norms, write_report
+from dit_jax.training.loop import Due, Duty, Loop
+from dit_jax.training.progress import Progress, describe_bad
 from dit_jax.training.saved_steps import ITEMS, newest_whole, restore_metadata, set_aside
 from dit_jax.training.state import TrainState, abstract_state, init_state
+from dit_jax.training.status import Status
 from dit_jax.training.step import TrainStep
-from dit_jax.training.validation import Validation, as_row, in_words
-from dit_jax.training.writer import Watch, Writer
+from dit_jax.training.stop import Stop
+from dit_jax.training.validation import NAME, Validation, as_row, in_words
+from dit_jax.training.watchdog import Watchdog
+from dit_jax.training.writer import Watch, Writer, has_row
 from dit_jax.trees import count_parameters
 from dit_jax.workdir import Workdir, open_workdir
 
@@ -81,6 +88,9 @@ def run(config: ConfigDict, workdir: Path | str, watch: Watch | None = None) -> 
 
 def train(config: ConfigDict, workdir: Workdir, watch: Watch | None) -> TrainState | None:
     """All of a run, in a workdir that is at hand; see `run`."""
+    deadline = time.monotonic() + 3600 * config.max_hours if config.max_hours else None
+    due = Due(config.save_every, config.validate_every, config.sample_every, config.total_steps)
+
     # ---- what there is
     mesh = make_mesh(jax.devices())
     source = build.make_source(config, "train")  # first: a folder that is not there must cost no download
@@ -102,7 +112,9 @@ def train(config: ConfigDict, workdir: Workdir, watch: Watch | None) -> TrainSta
     start = checkpoints.latest_step() or 0
     stop = min(config.stop_at_step or config.total_steps, config.total_steps)
     banner(config, workdir.place, start, mesh, len(source), len(held_out or ()), (vae, text_encoder))
-    if start >= stop:
+    scored, drawn = functools.partial(is_scored, workdir.folder), functools.partial(is_drawn, workdir)
+    owed = start and ((due.validates(start) and not scored(start)) or (due.samples(start) and not drawn(start)))
+    if start >= stop and not owed:
         limit = "" if stop == config.total_steps else f" (stop_at_step {stop} of {config.total_steps})"
         say(f"nothing to do: step {start} of {stop} is done{limit}")
         checkpoints.close()
@@ -128,12 +140,13 @@ def train(config: ConfigDict, workdir: Workdir, watch: Watch | None) -> TrainSta
     with writable(workdir.folder):
         write_whole(workdir.folder / "config.json", to_json(config))
     step_function = build.make_step(config, model, process, optimizer, learning_rate)
-    metadata = describe(config, identity, mesh)
 
     # ---- the loop
+    spent = restore_metadata(checkpoints.directory, start).get("productive_seconds", 0.0) if start else 0.0
     with (
         checkpoints.room(),
         closing(checkpoints),
+        Status(workdir.folder, start, config.total_steps, spent) as status,
         closing(Writer(workdir.folder, start, config.wandb_project, config.to_dict(), watch)) as writer,
         closing(make_progress(config, writer, start, training_flops(model, side, side), mesh)) as progress,
     ):
@@ -141,74 +154,35 @@ def train(config: ConfigDict, workdir: Workdir, watch: Watch | None) -> TrainSta
         prompts = config.sample.prompts or tuple(
             captions[0] for captions in itertools.islice(filter(None, source.captions()), GRID)
         )
-        draw = functools.partial(draw_samples, pipeline, prompts, workdir, writer)
         on_devices = (put_batch(batch, mesh) for batch in feed.batches(start, stop))
         with closing(ahead(on_devices, AHEAD, config.data.patience, config.data.source)) as coming:
-            first = next(coming)
-            train_steps = compile_steps(step_function, state, first, feed.grids)
-            every_batch, steps = itertools.chain([first], coming), range(start + 1, stop + 1)
-            validate = functools.partial(score, validation, writer) if validation else None
-            state = loop(
-                config, state, steps, train_steps, every_batch, checkpoints, metadata, validate, draw, progress
-            )
+            train_steps: dict[tuple[int, ...], Callable[..., Any]] = {}
+            batches: Iterator[dict[str, jax.Array]] = coming
+            if start < stop:
+                first = next(coming)
+                train_steps = compile_steps(step_function, state, first, feed.grids)
+                batches = itertools.chain([first], coming)
+            with (
+                Stop(deadline, may_break_off=True) as told,
+                Watchdog(config.stall_patience, workdir.folder / "logs", status.stalled) as watchdog,
+            ):
+                loop = Loop(
+                    train_steps=train_steps,
+                    batches=batches,
+                    due=due,
+                    validate=Duty(functools.partial(score, validation, writer), scored),
+                    draw=Duty(functools.partial(draw_samples, pipeline, prompts, workdir, writer), drawn),
+                    checkpoints=checkpoints,
+                    metadata=describe(config, identity, mesh),
+                    progress=progress,
+                    status=status,
+                    stop=told,
+                    watchdog=watchdog,
+                    max_skipped_in_a_row=config.max_skipped_in_a_row,
+                    diverged=functools.partial(diverged, step_function, feed.records, source, workdir),
+                )
+                state = loop.run(state, range(start + 1, stop + 1))
     say(f"done: step {stop} of {config.total_steps}")
-    return state
-
-
-def loop(
-    config: ConfigDict,
-    state: TrainState,
-    steps: range,
-    train_steps: Mapping[tuple[int, ...], Callable[..., Any]],
-    coming: Iterator[dict[str, jax.Array]],
-    checkpoints: Checkpoints,
-    metadata: dict[str, Any],
-    validate: Callable[[Any, int], str] | None,
-    draw: Callable[[Any, int], Path],
-    progress: Progress,
-) -> TrainState:
-    """Take the steps, and validate, save and draw when it is due.
-
-    Args:
-      config: says what is due when.
-      state: after the step before the first.
-      train_steps: by the latent grid of a batch.
-      coming: a batch a step, on the devices.
-      metadata: saved with every checkpoint.
-      validate: parameters and step -> what to say of the errors; None where they are not wanted.
-      draw: parameters and step -> where the grid of samples was written.
-
-    Returns:
-      The state after the last step, which is saved and on disk.
-    """
-
-    def report(commit: Commit | None) -> None:
-        if commit:
-            progress.say(f"saved {commit}")
-
-    progress.restart()
-    for step in steps:
-        with progress.waiting():
-            batch = next(coming)
-        state, metrics = train_steps[batch["mean"].shape[1:3]](state, batch)
-        progress.step(step, metrics)
-        last = step == config.total_steps
-        # before the step is saved: a run that is killed in between goes on from it, and must have this row
-        if validate and (last or is_due(step, config.validate_every)):
-            with progress.aside():
-                check_finite(step, metrics)
-                progress.say(validate(state.ema, step))
-        if step == steps[-1] or is_due(step, config.save_every):
-            with progress.aside():
-                check_finite(step, metrics)
-                report(checkpoints.save(state, metadata))
-                progress.say(f"saving step={step}")
-        if config.sample_every and (last or is_due(step, config.sample_every)):
-            with progress.aside():
-                progress.say(f"samples of step {step}: {draw(state.ema, step)}")
-        report(checkpoints.committed())
-    checkpoints.wait()
-    report(checkpoints.committed())
     return state
 
 
@@ -316,41 +290,66 @@ def compile_steps(
     return compiled
 
 
-def score(validation: Validation, writer: Writer, params: Any, step: int) -> str:
+def score(validation: Validation | None, writer: Writer, params: Any, step: int) -> str:
     """Score these parameters on the records that are set aside; write the row and return it in words."""
+    assert validation, "nothing is due where there is nothing to validate on"
     begin = time.monotonic()
     errors = validation(params)
     writer.metrics(step, as_row(errors))
     return f"validation step={step} {in_words(errors)} in {time.monotonic() - begin:.1f} s"
 
 
+def is_scored(workdir: Path, step: int) -> bool:
+    """Whether the parameters of a step were validated."""
+    return has_row(workdir / "metrics.jsonl", step, NAME)
+
+
 def draw_samples(
     pipeline: Pipeline, prompts: Sequence[str], workdir: Workdir, writer: Writer, params: Any, step: int
-) -> Path:
-    """Draw the fixed prompts with fixed noise and these parameters; write a grid and show it on TensorBoard.
-
-    Returns:
-      Where the grid is, or will be brought to.
-    """
+) -> str:
+    """Draw the fixed prompts with fixed noise and these parameters; write a grid, and show it on TensorBoard."""
     pipeline.params, pipeline.trained = params, dataclasses.replace(pipeline.trained, step=step)
     pixels = pipeline.draw(prompts, range(len(prompts)))
     grid = make_grid([Image.fromarray(p) for p in pixels], columns=min(len(prompts), 4))
-    name = f"samples/{step:08d}.png"
-    (workdir.folder / name).parent.mkdir(exist_ok=True)
-    save_png(
-        grid,
-        workdir.folder / name,
-        {"prompt": "\n".join(prompts), "seed": f"0 to {len(prompts) - 1}", "step": str(step)},
-    )
+    path = workdir.folder / grid_of(step)
+    path.parent.mkdir(exist_ok=True)
+    save_png(grid, path, {"prompt": "\n".join(prompts), "seed": f"0 to {len(prompts) - 1}", "step": str(step)})
     writer.image(step, "samples", np.asarray(grid))
-    return workdir.place / name
+    return f"samples of step {step}: {workdir.place / grid_of(step)}"
+
+
+def is_drawn(workdir: Workdir, step: int) -> bool:
+    """Whether the grid of a step is there."""
+    return workdir.has(grid_of(step))
+
+
+def grid_of(step: int) -> str:
+    """Where the grid of a step lies in the workdir."""
+    return f"samples/{step:08d}.png"
+
+
+def diverged(
+    step_function: TrainStep,
+    records: Callable[[int], np.ndarray],
+    source: Source | Cache,
+    workdir: Workdir,
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    step: int,
+    metrics: dict[str, jax.Array],
+) -> DivergedError:
+    """Keep what is known of a run that has diverged (`dit_jax.training.divergence`); returns what ends it."""
+    row = int(metrics["skipped_in_a_row"])
+    names = list(source.ids())
+    bad = {s: [names[index] for index in records(s - 1)] for s in range(step - row + 1, step + 1)}
+    path = write_report(workdir.folder, step, metrics, bad, block_norms(step_function, state, batch))
+    path = workdir.place / path.relative_to(workdir.folder)
+    return DivergedError(
+        f"{describe_bad(metrics)} at step {step}, and {row} steps in a row were not finite (max_skipped_in_a_row); the"
+        f" last that is saved is of before. Records and norms: {path}. Lower learning_rate, or look at the data"
+    )
 
 
 def say(line: str) -> None:
     """A line for the person who watches, at once."""
     print(line, flush=True)
-
-
-def is_due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens now."""
-    return every > 0 and step % every == 0

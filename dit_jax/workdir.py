@@ -38,6 +38,10 @@ class Workdir:
         """Where the checkpoints are."""
         return self.place / CHECKPOINTS
 
+    def has(self, name: str) -> bool:
+        """Whether a file is there by its path in the workdir."""
+        return (self.folder / name).exists() or (self.place / name).exists()
+
     def bring(self) -> None:
         """Bring what changed to the bucket; nothing is to be done where the place is on this machine.
 

@@ -1,5 +1,6 @@
 """How programs end: each kind of failure has its exit code and one line that says what to do."""
 
+import signal
 import subprocess
 import sys
 
@@ -60,20 +61,37 @@ def test_what_cannot_be_written_names_the_folder(tmp_path):
         file.mkdir(exist_ok=True)
 
 
-def test_ctrl_c_twice_lets_the_program_finish_what_it_writes():
-    program = """
-import signal, threading, time
+ASKED_TO_END = """
+import signal, sys, threading, time
 from dit_jax.runtime import run_program
 
 def main():
     threading.Thread(target=time.sleep, args=(60,)).start()  # as a compiler's: nobody waits for it
     try:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.{first})
+    except Exception:
+        print("taken for an error")
     finally:
-        signal.raise_signal(signal.SIGINT)
-        print("the checkpoint")
+        if {second}:
+            signal.raise_signal({second})
+        print("closed")
 
 run_program(main, False, "")
 """
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "code", "closes", "says"),
+    [
+        ("SIGINT", 0, 130, True, "interrupted"),
+        ("SIGTERM", 0, 75, True, "preempted: SIGTERM; what was done is kept"),
+        ("SIGUSR1", 0, 75, True, "preempted: SIGUSR1; what was done is kept"),
+        ("SIGTERM", int(signal.SIGTERM), 143, False, ""),
+        ("SIGTERM", int(signal.SIGINT), 130, False, ""),
+    ],
+)
+def test_a_signal_ends_a_program_that_closes_what_is_open_and_a_second_one_at_once(first, second, code, closes, says):
+    program = ASKED_TO_END.format(first=first, second=second)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "the checkpoint\n", "interrupted\n")
+    assert (done.returncode, done.stdout) == (code, "closed\n" if closes else "")
+    assert done.stderr.startswith(says) and done.stderr.count("\n") == bool(says)

@@ -11,6 +11,7 @@ from dit_jax.diffusion.objectives import uniform
 from dit_jax.diffusion.process import Process
 from dit_jax.diffusion.schedules import make_schedule
 from dit_jax.training.loss_scale import LossScale
+from dit_jax.training.skips import Skips
 from dit_jax.training.state import TrainState
 from dit_jax.training.step import Batch, TrainStep
 from tests.toy import Toy
@@ -42,7 +43,7 @@ def make_state(toy: Toy, step: TrainStep, at: int = 100) -> TrainState:
     """A state in the middle of a run, with an average of zero."""
     params = jax.tree.map(jnp.copy, toy.params)
     ema, opt_state = jax.tree.map(jnp.zeros_like, params), step.optimizer.init(params)
-    return TrainState(jnp.int32(at), params, ema, opt_state, LossScale.fresh())
+    return TrainState(jnp.int32(at), params, ema, opt_state, LossScale.fresh(), Skips.none())
 
 
 def make_batch(toy: Toy, seed: int = 7) -> Batch:

@@ -40,7 +40,7 @@ def data(spec: str, overrides: dict[str, str]) -> None:
     from dit_jax.data.ahead import ahead
     from dit_jax.data.cache.files import open_cache, read_manifest
     from dit_jax.data.sources.catalogue import parse
-    from dit_jax.feed import gathered_batches
+    from dit_jax.feed import gathered_batches, gathered_records
     from dit_jax.sharding import make_mesh, put_batch
 
     config = load_config(spec, overrides)
@@ -58,11 +58,11 @@ def data(spec: str, overrides: dict[str, str]) -> None:
             _make_up(folder, config)
         cache, manifest = open_cache(folder), read_manifest(folder)
         _print_sizes(manifest)
-        order = build.make_order(config, cache, cache.bucket)
+        records = gathered_records(config, cache, build.make_order(config, cache, cache.bucket))
 
         def batches(threads: int) -> "Iterator[EncodedBatch]":
             config.data.workers = threads
-            return gathered_batches(config, cache, order, cache.mirrored)(0, sys.maxsize)
+            return gathered_batches(config, cache, records, cache.mirrored)(0, sys.maxsize)
 
         def on_devices(threads: int) -> "Iterator[dict[str, jax.Array]]":
             coming = (jax.block_until_ready(put_batch(batch, mesh)) for batch in batches(threads))

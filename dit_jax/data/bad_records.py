@@ -1,12 +1,13 @@
 """The list of a run's bad records: what they are, what stands in for them, and when there are too many."""
 
-import contextlib
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 from dit_jax.errors import DataError
+from dit_jax.foreign import read_rows
 
 
 class Replaced(NamedTuple):
@@ -76,12 +77,10 @@ def too_many(bad: float, max_bad_fraction: float, num_records: int) -> bool:
 
 def _listed_ids(path: Path) -> set[str]:
     """Ids in an earlier list. A line that a killed process left half-written is closed and forgotten."""
-    ids = set()
-    text = path.read_text(encoding="utf-8")
-    for line in text.splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            ids.add(json.loads(line)["id"])
-    if text and not text.endswith("\n"):
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n")
+    ids = {row["id"] for _, row in read_rows(path) if isinstance(row.get("id"), str)}
+    with path.open("rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        if file.read() not in (b"", b"\n"):
+            file.write(b"\n")
     return ids

@@ -27,6 +27,9 @@ SIDES = re.compile(
 )
 
 
+LARGEST_PICTURE = 2**29  # bytes of a file: as many as the largest that is decoded takes uncompressed, in 16 bits
+
+
 class PictureError(ValueError):
     """The bytes are not a usable picture; the message is the reason, in one line."""
 
@@ -65,6 +68,8 @@ def _opened(content: bytes) -> Iterator[Image.Image]:
     """A picture whose pixels are not decoded yet; whatever is wrong with it, or found wrong with it, is told."""
     if not content:
         raise PictureError("empty file (0 bytes)")
+    if len(content) > LARGEST_PICTURE:
+        raise PictureError(f"a file of more than {LARGEST_PICTURE:,} bytes")
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             _check_size(*image.size)

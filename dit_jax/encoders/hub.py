@@ -48,8 +48,9 @@ HEARTBEAT = 5.0  # seconds; a collective that waits for half a minute is given u
 
 # The bases of HfHubHTTPError are the HTTP library's own, which is another one in every major version of the hub's
 # library. hf_xet, which carries large files, raises RuntimeError; what is no listing at all, such as the log-in page
-# of a network, raises ValueError or KeyError.
-CALL_ERRORS = (OSError, EntryNotFoundError, RuntimeError, ValueError, KeyError, *HfHubHTTPError.__bases__)
+# of a network, raises what NO_LISTING has.
+NO_LISTING = (ValueError, KeyError, TypeError, AttributeError)
+CALL_ERRORS = (OSError, EntryNotFoundError, RuntimeError, *NO_LISTING, *HfHubHTTPError.__bases__)
 TEMPORARY_STATUS = (408, 429)  # and all from 500 on
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -165,7 +166,7 @@ def _cached(hub_id: HubId, kind: Kind) -> Path | None:
     commit = hub_id.revision
     if not COMMIT.fullmatch(commit):
         ref = _storage(hub_id) / "refs" / commit
-        commit = ref.read_text().strip() if ref.is_file() else ""
+        commit = ref.read_text(errors="replace").strip() if ref.is_file() else ""
     root = _storage(hub_id) / "snapshots" / commit
     if not COMMIT.fullmatch(commit) or not root.is_dir():
         return None
@@ -225,7 +226,7 @@ def _download(hub_id: HubId, kind: Kind) -> Path:
 def _write_ref(hub_id: HubId, commit: str) -> None:
     """Notes in the cache which commit a branch or tag stands for; nothing is written where that is known."""
     ref = _storage(hub_id) / "refs" / hub_id.revision
-    if ref.is_file() and ref.read_text().strip() == commit:
+    if ref.is_file() and ref.read_text(errors="replace").strip() == commit:
         return
     with _writable_cache():
         ref.parent.mkdir(parents=True, exist_ok=True)
@@ -341,7 +342,7 @@ def _judge(error: BaseException) -> tuple[str, bool]:
     if status is not None:
         return f"the hub answers HTTP {status}", status in TEMPORARY_STATUS or status >= 500
     said = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-    if isinstance(error, ValueError | KeyError):
+    if isinstance(error, NO_LISTING):
         return f"what answers is no hub, perhaps a page of your network's ({said})", False
     return f"the hub does not answer ({said})", True
 

@@ -84,14 +84,23 @@ VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 VALID: dict[type, tuple[Callable[[Any], bool], str]] = {
     bool: (lambda value: isinstance(value, bool), "true or false"),
     int: (lambda value: type(value) is int and value >= 1, "a whole number of 1 or more"),
-    float: (lambda value: type(value) in (int, float) and value > 0, "a number above 0"),
+    float: (lambda value: type(value) in (int, float) and 0 < value < HUGE, "a number above 0"),
     str: (lambda value: isinstance(value, str), "a string"),
     tuple: (
         lambda value: isinstance(value, list | tuple) and bool(value) and all(map(VALID[int][0], value)),
         "a list of whole numbers of 1 or more",
     ),
-    type(None): (lambda value: value is None or type(value) in (int, float), "a number or null"),
+    type(None): (
+        lambda value: value is None or (type(value) in (int, float) and abs(value) < HUGE),
+        "a number or null",
+    ),
 }
+HUGE = 1e30
+# How much of everything there may be: a layer is a module of its own, and a stage doubles a side. Ten times what there
+# is in published networks.
+MOST = {"num_hidden_layers": 1000, "layers_per_block": 100, "num_encoder_blocks": 100, "num_decoder_blocks": 100}
+MOST_STAGES = 12
+WIDEST = 2**20
 
 
 def read_config(folder: Path) -> Config:
@@ -217,7 +226,7 @@ def _kl_vae(config: Config, dtype: DTypeLike) -> AutoencoderKL:
         found = config.get(key, known[0])
         unknown = [name for name in (found if isinstance(found, list | tuple) else [found]) if name not in known]
         if unknown:
-            raise ValueError(f"{key} {unknown[0]!r} is not known; known: {known[0]}")
+            raise ValueError(f"{key} {unknown[0]!r:.100} is not known; known: {known[0]}")
     groups = fields["norm_num_groups"]
     if any(width % groups for width in fields["block_out_channels"]):
         raise ValueError(f"norm_num_groups={groups} must divide {fields['block_out_channels']}")
@@ -228,7 +237,7 @@ def _tiny_vae(config: Config, dtype: DTypeLike) -> AutoencoderTiny:
     fields = _with_defaults(config, TINY_VAE_DEFAULTS)
     for key, fixed in TINY_VAE_FIXED.items():
         if config.get(key, fixed) != fixed:
-            raise ValueError(f"{key} of an AutoencoderTiny is {config[key]!r}; only {fixed!r} is read")
+            raise ValueError(f"{key} of an AutoencoderTiny is {config[key]!r:.100}; only {fixed!r} is read")
     sides = [(f"{side}_block_out_channels", f"num_{side}_blocks") for side in ("encoder", "decoder")]
     for widths, counts in sides:
         if len(fields[widths]) != len(fields[counts]) or len(set(fields[widths])) > 1:
@@ -251,7 +260,8 @@ def is_projected(config: Config) -> bool:
 def _published_class(config: Config) -> str:
     """The class that wrote the config, "" where it does not say."""
     name = config.get("_class_name") or config.get("architectures") or ""
-    return str(name[0] if isinstance(name, list) else name)
+    name = str(name[0] if isinstance(name, list) else name)[:100]
+    return name if name.isprintable() else ascii(name)
 
 
 def _is_of(config: Config, known: tuple[str, ...]) -> bool:
@@ -284,7 +294,11 @@ def _with_defaults(config: Config, defaults: Config) -> Config:
     for key, value in fields.items():
         holds, words = VALID[type(defaults[key])]
         if not holds(value):
-            raise ValueError(f"{key} is {value!r}; it must be {words}")
+            raise ValueError(f"{key} is {value!r:.100}; it must be {words}")
+        parts = value if isinstance(value, list | tuple) else [value]
+        most = MOST.get(key, WIDEST)
+        if len(parts) > MOST_STAGES or any(type(part) is int and part > most for part in parts):
+            raise ValueError(f"{key} is {value!r:.100}; no network is that large")
         fields[key] = tuple(value) if isinstance(value, list) else value
     return fields
 
@@ -304,7 +318,7 @@ def _tower_fields(config: Config, section: str, defaults: Config, project: bool)
         tower = config
     fields = _with_defaults(tower, defaults)
     if fields["hidden_act"] not in ACTIVATIONS:
-        raise ValueError(f"hidden_act {fields['hidden_act']!r} is not known; known: {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"hidden_act {fields['hidden_act']!r:.100} is not known; known: {', '.join(ACTIVATIONS)}")
     if fields["hidden_size"] % fields["num_attention_heads"]:
         raise ValueError(
             f"hidden_size={fields['hidden_size']} is not a multiple of "

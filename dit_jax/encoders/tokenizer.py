@@ -15,6 +15,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from dit_jax.foreign import read_bounded, read_json
+
 LongPrompt = Literal["truncate", "error", "chunk"]
 
 # Of a tokenizer's folder, what decides which ids a caption gets.
@@ -52,9 +54,20 @@ class Tokenizer:
         from transformers import CLIPTokenizerFast  # a second to import, and only prompts need it
 
         try:
+            for file in tokenizer_files(folder):
+                if file.suffix == ".json":
+                    read_json(file)
+                else:
+                    read_bounded(file)
             self._tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
             self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
-        except Exception as error:  # the tokenizers library raises nothing more special
+            marks = [getattr(self._tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")]
+            if not all(type(mark) is int and 0 <= mark < self.vocab_size for mark in marks):
+                raise ValueError(f"ids of begin, end and padding are {marks}")
+            self._split(["a word"])
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the tokenizers library raises nothing more special, and its panics are bare
             raise ValueError(f"the tokenizer in {folder} is damaged: {' '.join(str(error).split())}") from error
         self.length = length
 

@@ -14,7 +14,6 @@ nothing is initialised at random in silence.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import serialization, traverse_util
 from safetensors import SafetensorError, safe_open
+
+from dit_jax import foreign
 
 Tree = dict[str, Any]
 
@@ -71,7 +72,7 @@ def read_json(path: Path) -> dict[str, Any]:
       ValueError: the file holds no JSON, or something else than an object.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = foreign.read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(found, dict):

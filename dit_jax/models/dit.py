@@ -35,6 +35,10 @@ CHOICES = {
 }
 
 
+# Above what anybody trains: the config of a stranger's model must not keep a machine busy before its weights are read.
+MOST_LAYERS, WIDEST = 1000, 2**20
+
+
 class PreparedText(NamedTuple):
     """All that the blocks need of the text; does not depend on time. Every leaf begins with B.
 
@@ -124,6 +128,8 @@ class DiT(nn.Module):
                      "text_length", "text_width", "pooled_width"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be 1 or more")
+            if getattr(self, name) > (most := MOST_LAYERS if name == "num_layers" else WIDEST):
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be {most} or less")
         if self.num_registers < 0:
             raise ValueError(f"model.num_registers is {self.num_registers}; it must be 0 or more")
         sincos = self.positions == "sincos"

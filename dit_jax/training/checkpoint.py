@@ -23,13 +23,15 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSt
 
 from dit_jax import stores
 from dit_jax.errors import CheckpointError, WorkdirError
-from dit_jax.training import manifest
-from dit_jax.training.saved_steps import FORMAT, ITEMS, TREES, steps_of, unfinished, verify
+from dit_jax.training import formats, manifest
+from dit_jax.training.saved_steps import FORMAT, ITEMS, TREES, restore_metadata, steps_of, unfinished, verify
 from dit_jax.training.state import TrainState
 from dit_jax.trees import mismatches, named_leaves
 
 SHOWN = 300  # characters of what Orbax says of a checkpoint that does not fit
 LISTED = 8  # leaves that are named one by one
+# What Orbax lets out where a file is not what it should be; not what a device's memory ends in.
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, no quota left, no larger file allowed
 
 
@@ -137,14 +139,17 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def restore(self, step: int, state: TrainState) -> TrainState:
-        """The state at a step; ``state`` says structure, shapes, dtypes and shardings.
+        """The state at a step, of whatever format; ``state`` says structure, shapes, dtypes and shardings.
 
         Raises:
           CheckpointError: if the step is missing, unreadable, or of another model.
         """
-        wanted = {"params": state.params, "ema": state.ema, "optimizer": _optimizer_item(state)}
+        wrote = restore_metadata(self.directory, step).get("format", 0)
+        rest = formats.own_shapes(_optimizer_item(state), wrote)
+        wanted = {"params": state.params, "ema": state.ema, "optimizer": rest}
         items = {item: restore_item(self.directory, step, item, wanted[item]) for item in TREES}
-        return TrainState(params=items["params"], ema=items["ema"], **items["optimizer"])
+        rest = formats.of_today(items["optimizer"], wrote)
+        return TrainState(params=items["params"], ema=items["ema"], **rest)
 
     def close(self) -> None:
         """Wait for what is being written and release the directory."""
@@ -240,14 +245,14 @@ def _restore(path: Path, shapes: Any, same_types: bool) -> Any:
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:
     """All of a state but the parameters and their average, which can be restored alone."""
-    return {"step": state.step, "opt_state": state.opt_state, "loss_scale": state.loss_scale}
+    return {name: getattr(state, name) for name in ("step", "opt_state", "loss_scale", "skips")}
 
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, KeyError, OSError) as error:
+    except (*UNREADABLE, OSError) as error:
         reason = " ".join(str(error).split())[:SHOWN] or type(error).__name__
         raise CheckpointError(f"cannot restore {path}: {reason}") from error
 

@@ -6,8 +6,8 @@ multiplied by a scale s before the gradient is taken has gradients s times as la
     g = grad(s . loss) / s                       in float32; s is a power of two, so that this rounds nothing       (1)
 
 A g that is not finite is an overflow: s was too large, or the step is bad in itself. The step is skipped and s halved.
-After `GROW_EVERY` finite steps in a row s is doubled. So s stays near the largest that the network allows. Only where
-a gradient at the floor of s is not finite has the run diverged.
+After `GROW_EVERY` finite steps in a row s is doubled. So s stays near the largest that the network allows. Only at the
+floor of s is it no overflow any more: s cannot be the reason.
 
 Own lines and not ``flax.training.dynamic_scale``: that takes the gradient itself and adjusts at every one, but the
 slices of an accumulated batch must share one scale that is adjusted once a step. Start, growth and factors are the
@@ -32,17 +32,15 @@ class LossScale:
     Attributes:
       scale: float32 scalar.
       finite_steps: int32 scalar, finite steps since the scale last changed.
-      skipped: int32 scalar, overflows since the run began.
     """
 
     scale: Array
     finite_steps: Array
-    skipped: Array
 
     @classmethod
     def fresh(cls) -> "LossScale":
         """That of a new run."""
-        return cls(jnp.float32(START), jnp.int32(0), jnp.int32(0))
+        return cls(jnp.float32(START), jnp.int32(0))
 
     def adjust(self, finite: Array) -> "LossScale":
         """After a step whose loss and gradient were finite, or were not: bool scalar."""
@@ -51,5 +49,8 @@ class LossScale:
         return LossScale(
             scale=jnp.clip(self.scale * factor, FLOOR, CEILING),
             finite_steps=jnp.where(finite & ~grows, self.finite_steps + 1, 0),
-            skipped=self.skipped + jnp.where(finite, 0, 1),
         )
+
+    def overflows(self, finite: Array) -> Array:
+        """Whether a smaller scale may mend what is not finite: bool scalar."""
+        return ~finite & (self.scale > FLOOR)

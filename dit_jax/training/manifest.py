@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from dit_jax.foreign import read_bounded
 from dit_jax.stores import files_of
 
 NAME = "manifest.sha256"
@@ -85,10 +86,13 @@ def verify(folder: Path, how: str, under: Sequence[str]) -> Verdict:
 
 def _read(path: Path) -> list[Entry]:
     """The entries of a manifest; ValueError if it is not what `write` makes, to the last byte."""
-    found = path.read_bytes()
+    found = read_bounded(path)
     entries = [Entry(name, int(size), sha256) for size, sha256, name in ENTRY.findall(found.decode(errors="replace"))]
     if _text(entries) != found:
         raise ValueError("is damaged itself")
+    outside = [entry.path for entry in entries if entry.path.startswith("/") or ".." in entry.path.split("/")]
+    if outside:
+        raise ValueError(f"names {outside[0]!r}, which is not in its folder")
     return entries
 
 

@@ -10,8 +10,6 @@ import numpy as np
 from tqdm import tqdm
 
 from dit_jax.data.cache.parts import Unit
-from dit_jax.errors import DivergedError
-from dit_jax.training.loss_scale import FLOOR
 from dit_jax.training.writer import Writer
 
 
@@ -50,11 +48,17 @@ class Progress:
         self._late: tuple[int, dict[str, jax.Array]] | None = None
         self._last_step = start
         self._since = time.monotonic()
-        self._waited = self._aside = 0.0
+        self._waited = self._aside = self._trained = 0.0
+        self.skipped_in_a_row = 0
 
     def restart(self) -> None:
         """Measure from now: what came before was not training."""
         self._since, self._waited, self._aside = time.monotonic(), 0.0, 0.0
+
+    @property
+    def productive(self) -> float:
+        """Seconds of this process in training steps: without waiting for data, and without what is done aside."""
+        return self._trained + time.monotonic() - self._since - self._waited - self._aside
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -72,20 +76,24 @@ class Progress:
         self._aside += time.monotonic() - begin
 
     def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """A step was dispatched. Its metrics are fetched when the next one was, so that the device never waits."""
+        """A step was dispatched. What came of the one before is looked at now, so that the device never waits."""
         self.flush()
         self._bar.update()
-        if step in (1, self._total) or (self._log_every and step % self._log_every == 0):
-            self._late = (step, metrics)
+        self._late = (step, metrics)
 
     def flush(self) -> None:
-        """Write the row that is still to be fetched, if any."""
+        """Look at what came of the last step, if nobody has: wait for it, and write its row if it has one."""
         if self._late is None:
             return
-        step, metrics = self._late
-        self._late = None
-        row = {name: np.asarray(value).item() for name, value in metrics.items()}
-        check_finite(step, row)
+        (step, metrics), self._late = self._late, None
+        in_a_row = int(metrics["skipped_in_a_row"])
+        if in_a_row > self.skipped_in_a_row:
+            self.say(f"warning: step {step} is skipped: {describe_bad(metrics)}; {in_a_row} in a row")
+        self.skipped_in_a_row = in_a_row
+        if step in (1, self._total) or (self._log_every and step % self._log_every == 0):
+            self._write_row(step, {name: np.asarray(value).item() for name, value in metrics.items()})
+
+    def _write_row(self, step: int, row: dict[str, float]) -> None:
         now = time.monotonic()
         seconds = max(now - self._since - self._aside, 1e-9)
         steps = step - self._last_step
@@ -101,14 +109,16 @@ class Progress:
         self._writer.timing(step, timing)
         eta = (self._total - step) * seconds / max(steps, 1)
         mfu = f" mfu={timing['mfu']:.0%}" if self._peak else ""
-        scale = f" loss_scale={row['loss_scale']:.0f} skipped={row['skipped']}" if "loss_scale" in row else ""
+        scale = f" loss_scale={row['loss_scale']:.0f}" if "loss_scale" in row else ""
+        skipped = f" skipped={row['skipped']}" if row["skipped"] else ""
         digits = 0 if rate >= 10 else 1
         self.say(
             f"step={step}/{self._total} loss={row['loss']:.4f} gnorm={row['grad_norm']:.2f}"
-            f" lr={row['learning_rate']:.1e}{scale} img/s={rate:.{digits}f} data_wait={timing['data_wait']:.0%}{mfu}"
-            f" mem={timing['memory_gib']:.1f}GiB eta={duration(eta)}"
+            f" lr={row['learning_rate']:.1e}{scale}{skipped} img/s={rate:.{digits}f}"
+            f" data_wait={timing['data_wait']:.0%}{mfu} mem={timing['memory_gib']:.1f}GiB eta={duration(eta)}"
         )
         self._last_step = step
+        self._trained += seconds - self._waited
         self.restart()
 
     def say(self, line: str) -> None:
@@ -186,18 +196,11 @@ def shows_bars() -> bool:
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
-def check_finite(step: int, metrics: Mapping[str, float | jax.Array]) -> None:
-    """Raises DivergedError where the loss or the norm of its gradient is not a number or infinite.
-
-    In float16 that is an overflow and the step was skipped, unless the loss scale has nowhere left to fall.
-    """
-    if metrics.get("loss_scale", FLOOR) > FLOOR:
-        return
-    for name, value in (("loss", metrics["loss"]), ("gradient's norm", metrics["grad_norm"])):
-        if not np.isfinite(np.asarray(value)):
-            raise DivergedError(
-                f"the {name} of step {step} is {float(value)}; lower learning_rate, or look at the data"
-            )
+def describe_bad(metrics: Mapping[str, float | jax.Array]) -> str:
+    """What is not finite of a step: its loss, or the norm of its gradient."""
+    found = {"loss": metrics["loss"], "gradient's norm": metrics["grad_norm"]}
+    name = next(name for name, value in found.items() if not np.isfinite(np.asarray(value)))
+    return f"the {name} is {float(found[name])}"
 
 
 def duration(seconds: float) -> str:

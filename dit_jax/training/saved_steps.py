@@ -10,16 +10,16 @@ A step is verified before it is used. Steps of before there were manifests canno
 Nothing here knows how the arrays are stored: `dit_jax.training.checkpoint` does.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dit_jax import stores
 from dit_jax.errors import CheckpointError
+from dit_jax.foreign import read_json
 from dit_jax.training import manifest
 
-FORMAT = 1  # of a step, in its metadata; those of before there were manifests say none
+FORMAT = 2  # of what is saved now; `dit_jax.training.formats` reads older ones
 TREES = ("params", "ema", "optimizer")
 ITEMS = (*TREES, "metadata")
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a step that is being written, or was when its process ended
@@ -140,10 +140,11 @@ def restore_metadata(directory: Path, step: int) -> dict[str, Any]:
     """
     path = directory / str(step)
     try:
-        metadata = json.loads((path / "metadata" / "metadata").read_text())
-        wrote = metadata.get("format", FORMAT)
-    except (OSError, ValueError, AttributeError) as error:
+        metadata = read_json(path / "metadata" / "metadata")
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot restore {path}/metadata: {' '.join(str(error).split())}") from error
+    if not isinstance(metadata, dict) or type(wrote := metadata.get("format", 0)) is not int:
+        raise CheckpointError(f"{path}/metadata is damaged: it holds no JSON object with a number as its format")
     if wrote > FORMAT:
         raise CheckpointError(
             f"{path} has format {wrote}, this release reads {FORMAT} and older: install the one"

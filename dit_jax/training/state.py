@@ -13,6 +13,7 @@ from dit_jax.arrays import Array, TextStates
 from dit_jax.models.dit import DiT
 from dit_jax.sharding import replicated, with_sharding
 from dit_jax.training.loss_scale import LossScale
+from dit_jax.training.skips import Skips
 
 
 @struct.dataclass
@@ -25,6 +26,7 @@ class TrainState:
       ema: their exponential moving average, same structure.
       opt_state: of the optimizer.
       loss_scale: of float16; there under every compute dtype, as ``auto`` is another one on another device.
+      skips: how many steps were skipped.
     """
 
     step: Array
@@ -32,6 +34,7 @@ class TrainState:
     ema: Any
     opt_state: Any
     loss_scale: LossScale
+    skips: Skips
 
 
 def init_params(model: DiT, key: jax.Array, h: int, w: int) -> Any:
@@ -60,4 +63,4 @@ def abstract_state(model: DiT, optimizer: optax.GradientTransformation, h: int, 
 def _fresh_state(model: DiT, optimizer: optax.GradientTransformation, h: int, w: int, key: jax.Array) -> TrainState:
     params = init_params(model, key, h, w)
     ema = jax.tree.map(jnp.copy, params)  # not the same arrays: the step may donate both
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), LossScale.fresh())
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), LossScale.fresh(), Skips.none())

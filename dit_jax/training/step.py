@@ -15,8 +15,8 @@ With gradient g, step n and learning rate r(n):
     theta <- theta + r(n) . optimizer(g, theta)
     ema   <- d ema + (1 - d) theta                            d = min(ema_decay, (1 + n) / (10 + n))
 
-In float16 the loss is scaled (`dit_jax.training.loss_scale`), and a step whose loss or gradient is not finite changes
-neither parameters, average nor optimizer. The global step goes on, and with it data, randomness and learning rate.
+A step whose loss or gradient is not finite is skipped (`dit_jax.training.skips`): it changes nothing of theta, ema and
+optimizer, and n goes on. In float16 the loss is scaled (`dit_jax.training.loss_scale`).
 """
 
 from collections.abc import Callable
@@ -70,15 +70,44 @@ class TrainStep:
     seed: int
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        """One update. ``batch`` is an encoded batch (see `dit_jax.arrays`); metrics are float32 scalars."""
+        """One update. ``batch`` is an encoded batch (see `dit_jax.arrays`); metrics are scalars."""
+        loss, grads = self.loss_and_gradient(state, batch)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+        learning_rate = jnp.asarray(self.learning_rate(state.step), jnp.float32)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p + learning_rate * u, state.params, updates)
+        n = state.step.astype(jnp.float32)
+        decay = jnp.minimum(self.ema_decay, (1.0 + n) / (10.0 + n))
+        ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params)
+
+        before = (state.params, state.ema, state.opt_state)
+        params, ema, opt_state = jax.tree.map(
+            lambda after, before: jnp.where(finite, after, before), (params, ema, opt_state), before
+        )
+        overflow = state.loss_scale.overflows(finite) if self.float16 else jnp.bool_(False)
+        skips = state.skips.count(finite, overflow)
+        loss_scale = state.loss_scale.adjust(finite) if self.float16 else state.loss_scale
+        metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
+        metrics |= {"loss_scale": state.loss_scale.scale} if self.float16 else {}
+        metrics |= {"skipped": skips.total, "skipped_in_a_row": skips.in_a_row}
+        return TrainState(state.step + 1, params, ema, opt_state, loss_scale, skips), metrics
+
+    @property
+    def float16(self) -> bool:
+        """Whether the loss is scaled."""
+        return jnp.dtype(self.model.dtype) == jnp.float16
+
+    def loss_and_gradient(self, state: TrainState, batch: Batch) -> tuple[Array, Any]:
+        """The loss of a step, float32 scalar, and its gradient, like the parameters; both without the loss scale."""
         B = batch["mean"].shape[0]
         key_samples, key_dropout = jax.random.split(jax.random.key(self.seed))
         k = state.step.astype(jnp.uint32) * B + jnp.arange(B, dtype=jnp.uint32)  # wraps after 4e9 samples
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key_samples, k)
         dropout_keys = jax.random.split(jax.random.fold_in(key_dropout, state.step), self.accumulate)
 
-        float16 = jnp.dtype(self.model.dtype) == jnp.float16
-        scale = state.loss_scale.scale if float16 else 1.0
+        scale = state.loss_scale.scale if self.float16 else 1.0
         loss_and_grad = jax.value_and_grad(lambda *args: scale * self.loss(*args))
         A = self.accumulate  # slice a holds every sample with i % A == a, so that each slice lies on all devices
         places = jnp.arange(B, dtype=jnp.float32) / B
@@ -88,28 +117,12 @@ class TrainStep:
             (batch, keys, places), dropout_key = part
             return jax.tree.map(jnp.add, total, loss_and_grad(state.params, batch, keys, places, dropout_key)), None
 
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+        total = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
         if self.accumulate == 1:
-            (loss, grads), _ = add_slice(zero, jax.tree.map(lambda a: a[0], (slices, dropout_keys)))
+            total, _ = add_slice(total, jax.tree.map(lambda a: a[0], (slices, dropout_keys)))
         else:
-            (loss, grads), _ = jax.lax.scan(add_slice, zero, (slices, dropout_keys))
-        loss, grads = jax.tree.map(lambda a: a / (self.accumulate * scale), (loss, grads))
-
-        learning_rate = jnp.asarray(self.learning_rate(state.step), jnp.float32)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p + learning_rate * u, state.params, updates)
-        n = state.step.astype(jnp.float32)
-        decay = jnp.minimum(self.ema_decay, (1.0 + n) / (10.0 + n))
-        ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "learning_rate": learning_rate}
-        new = TrainState(state.step + 1, params, ema, opt_state, state.loss_scale)
-        if float16:
-            finite = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
-            stays = TrainState(new.step, state.params, state.ema, state.opt_state, state.loss_scale)
-            new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, stays)
-            new = new.replace(loss_scale=state.loss_scale.adjust(finite))
-            metrics |= {"loss_scale": scale, "skipped": new.loss_scale.skipped}
-        return new, metrics
+            total, _ = jax.lax.scan(add_slice, total, (slices, dropout_keys))
+        return jax.tree.map(lambda a: a / (self.accumulate * scale), total)
 
     def compile(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
         """The step compiled for these arrays, or shapes with shardings; it takes the place of the state it is given."""

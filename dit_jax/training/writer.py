@@ -15,24 +15,24 @@ from typing import Any
 
 import numpy as np
 
+from dit_jax.foreign import read_rows
+
 Watch = Callable[[int, dict[str, float] | np.ndarray], None]
 
 
 def truncate_rows(path: Path, last_step: int) -> None:
-    """Drop the rows of a JSON-lines file whose ``step`` is beyond ``last_step``; atomic. A torn last line goes too."""
+    """Drop the rows of a JSON-lines file whose ``step`` is beyond ``last_step``; atomic. What is no row goes too."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row["step"] <= last_step:
-            kept.append(line)
+    kept = [line for line, row in read_rows(path) if type(row.get("step")) is int and row["step"] <= last_step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(line + "\n" for line in kept))
     os.replace(temporary, path)
+
+
+def has_row(path: Path, step: int, name: str) -> bool:
+    """Whether a JSON-lines file has something by a name at a step."""
+    return path.exists() and any(row["step"] == step and name in row for _, row in read_rows(path))
 
 
 class Writer:

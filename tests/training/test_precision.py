@@ -12,6 +12,7 @@ import pytest
 from dit_jax.models import blocks, embeddings, layers
 from dit_jax.training.loss_scale import START, LossScale
 from dit_jax.training.optimizer import make_optimizer
+from dit_jax.training.skips import Skips
 from dit_jax.training.state import TrainState, init_params
 from dit_jax.training.step import TrainStep
 from tests.models.options import OPTIONS
@@ -138,14 +139,14 @@ def end_loss(dtype: Any, scale: float, learning_rate: float) -> float:
     step = make_step(toy, Faint, optimizer=optimizer, learning_rate=lambda n: learning_rate, **PLAIN)
     params = init_params(toy.model, jax.random.key(0), 4, 6)
     ema, zero = jax.tree.map(jnp.copy, params), jnp.zeros((), jnp.int32)
-    loss_scale = LossScale(jnp.float32(scale), zero, zero)
-    state = TrainState(zero, params, ema, optimizer.init(params), loss_scale)
+    loss_scale = LossScale(jnp.float32(scale), zero)
+    state = TrainState(zero, params, ema, optimizer.init(params), loss_scale, Skips(zero, zero))
     batches = [{**make_batch(toy, seed), "std": np.zeros(shape, np.float32)} for seed in range(4)]  # to learn by heart
     function, losses = jax.jit(step), []
     for n in range(200):
         state, metrics = function(state, batches[n % len(batches)])
         losses.append(metrics["loss"])
-    assert int(state.loss_scale.skipped) == 0
+    assert int(state.skips.total) == 0
     return float(np.mean(losses[-20:])) / FAINT
 
 

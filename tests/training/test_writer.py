@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from dit_jax.data.cache.parts import Unit
-from dit_jax.errors import DivergedError
-from dit_jax.training.progress import Counter, EncodingCounter, Progress, check_finite, duration
+from dit_jax.training.progress import Counter, EncodingCounter, Progress, duration
 from dit_jax.training.writer import Writer, truncate_rows
+
+GOOD = {"loss": 1.0, "grad_norm": 2.0, "learning_rate": 1e-4, "skipped": 0, "skipped_in_a_row": 0}
 
 
 def rows(path):
@@ -63,7 +64,7 @@ def test_progress_writes_step_1_the_multiples_and_the_last(tmp_path, capsys):
     for step in range(1, 11):
         with progress.waiting():
             pass
-        progress.step(step, {"loss": 1.0 / step, "grad_norm": 2.0, "learning_rate": 1e-4})
+        progress.step(step, {**GOOD, "loss": 1.0 / step})
         written = [row["step"] for row in rows(tmp_path / "metrics.jsonl")]
         assert step not in written  # one step late, so that the device never waits for the host
     progress.close()
@@ -76,13 +77,22 @@ def test_progress_writes_step_1_the_multiples_and_the_last(tmp_path, capsys):
     assert line.startswith("step=4/10 loss=0.2500 gnorm=2.00 lr=1.0e-04 img/s=") and "mfu=" in line and "eta=" in line
 
 
-def test_a_loss_that_is_not_finite_is_an_error():
-    check_finite(3, {"loss": 1.0, "grad_norm": 2.0})
-    for bad in (float("nan"), float("inf")):
-        with pytest.raises(DivergedError, match="the loss of step 3 is"):
-            check_finite(3, {"loss": bad, "grad_norm": 2.0})
-        with pytest.raises(DivergedError, match="the gradient's norm of step 3 is"):
-            check_finite(3, {"loss": 1.0, "grad_norm": bad})
+def test_a_bad_step_is_said_and_has_its_row_where_rows_are_written(tmp_path, capsys):
+    writer = Writer(tmp_path, 0, "", {}, None)
+    progress = Progress(writer, log_every=3, start=0, total_steps=9, batch_size=2, flops=1, peak=None)
+    bad = [({"loss": 1.0, "grad_norm": float("inf")}, 1), ({"loss": float("nan"), "grad_norm": 1.0}, 2), (GOOD, 0)]
+    for step, (metrics, in_a_row) in enumerate(bad, start=2):
+        progress.step(step, {**GOOD, **metrics, "skipped": min(step - 1, 2), "skipped_in_a_row": in_a_row})
+    progress.close()
+    writer.close()
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert said == [
+        "warning: step 2 is skipped: the gradient's norm is inf; 1 in a row",
+        "warning: step 3 is skipped: the loss is nan; 2 in a row",
+    ]
+    (row,) = rows(tmp_path / "metrics.jsonl")
+    assert (row["step"], row["loss"], row["skipped"], row["skipped_in_a_row"]) == (3, None, 2, 2)
+    assert progress.skipped_in_a_row == 0
 
 
 def test_a_slow_run_does_not_say_that_it_stands_still(tmp_path, capsys, monkeypatch):
@@ -90,7 +100,7 @@ def test_a_slow_run_does_not_say_that_it_stands_still(tmp_path, capsys, monkeypa
     monkeypatch.setattr("dit_jax.training.progress.time", clock)
     progress = Progress(Writer(tmp_path, 0, "", {}, None), 1, 0, total_steps=2, batch_size=4, flops=1, peak=None)
     for step in (1, 2):
-        progress.step(step, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-4})
+        progress.step(step, GOOD)
         progress.flush()
     lines = capsys.readouterr().out.splitlines()
     assert " img/s=0.4 " in lines[0] and " img/s=4.0 " in lines[1]

@@ -50,6 +50,7 @@ from dit_jax.data.cache.tensor_files import (
 )
 from dit_jax.data.sources.rows import Strings
 from dit_jax.errors import DataError
+from dit_jax.foreign import read_json
 
 FORMAT = 1  # raised when older releases could not read the files any more
 BEGUN, MANIFEST, TABLE, BAD_RECORDS = "begun.json", "manifest.json", "table.safetensors", "bad_records.jsonl"
@@ -308,6 +309,12 @@ def _open_table(folder: Path, identity: Identity) -> Table:
     counts = np.bincount(found["bucket"], minlength=len(identity["buckets"])).tolist()
     if counts != identity["data"]["records"]:
         raise DataError(f"{folder / TABLE} has other records than {MANIFEST} says; delete the cache and make it again")
+    caption_of = found["caption_of"]
+    cuts = [(found[f"{name}_offsets"], len(found[name])) for name in ("ids", "captions")]
+    if not all(_cuts_all(*cut) for cut in [*cuts, (found["first"], len(caption_of))]) or (
+        len(caption_of) and not 0 <= caption_of.min() <= caption_of.max() < m
+    ):
+        raise DataError(f"{folder / TABLE} is damaged: its offsets do not cut what it holds; delete the cache")
     return Table(
         Strings(found["ids"], found["ids_offsets"]),
         Strings(found["captions"], found["captions_offsets"]),
@@ -330,12 +337,7 @@ def _open_shard(folder: Path, identity: Identity, unit: Unit) -> TensorFile:
     }
     found = _open(folder / unit.name, layout, identity)
     offsets, tokens = found.tensors["offsets"], len(found.tensors["hidden"])
-    if (
-        offsets[0] != 0
-        or offsets[-1] != tokens
-        or not (np.diff(offsets) >= 0).all()
-        or _longest(offsets) > text["length"]
-    ):
+    if not _cuts_all(offsets, tokens) or _longest(offsets) > text["length"]:
         raise DataError(
             f"{folder / unit.name} is damaged: its offsets do not cut {tokens} tokens into captions; {AGAIN}"
         )
@@ -363,6 +365,11 @@ def _is_whole(open_it: Callable[..., Any], *where: Any) -> bool:
     except DataError:
         return False
     return True
+
+
+def _cuts_all(offsets: np.ndarray, count: int) -> bool:
+    """Whether offsets cut so many things, one after the other, into parts."""
+    return offsets[0] == 0 and offsets[-1] == count and bool((offsets[1:] >= offsets[:-1]).all())
 
 
 def _longest(offsets: np.ndarray) -> int:
@@ -425,9 +432,9 @@ def _read(path: Path) -> dict[str, Any]:
     """An identity, or a manifest that begins with one, with all of its fields."""
     try:
         with readable(path):
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
         fields = flat(found)
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError) as error:
         raise DataError(f"{path} is damaged: it holds no JSON object; {AGAIN}") from error
     version = fields.get("format")
     if isinstance(version, int) and version > FORMAT:

@@ -48,7 +48,11 @@ class _Store:
         self._texts = [(shard.offsets, shard.hidden.view(BITS), shard.pooled.view(BITS)) for shard in texts]
         self._picture_pages = [pages_of(shard.moments, 2) for shard in pictures]
         self._text_pages = [(pages_of(shard.hidden, 1), pages_of(shard.pooled, 1)) for shard in texts]
-        self._per_shard = identity["records_per_shard"], identity["captions_per_shard"]
+        # as many as there are at most, so that a number without bound makes no array of its size
+        self._per_shard = tuple(
+            max(1, min(identity[f"{name}_per_shard"], count))
+            for name, count in (("records", len(table.bucket)), ("captions", len(table.captions)))
+        )
         self._slot = _slots(table.bucket, self._per_shard[0])
         self.bad = np.zeros(len(pictures) * self._per_shard[0], bool)
         for number, shard in enumerate(pictures):

@@ -66,6 +66,7 @@ COUNTS = (  # fields that are 1 or more
     "captions_per_shard",
 )
 
+MOST_SHARDS = 2**20  # files of a cache; of 4,096 records each, those of the largest sets there are
 HASH_BYTES = 16  # of a caption; among ten million, two share one with a probability of 1e-25
 
 
@@ -195,6 +196,10 @@ def impossible(identity: Identity) -> list[str]:
         "data.captions": fields["data.captions"] >= 0,
         "storage_dtype": fields["storage_dtype"] in ("float16", "float32"),
     } | {name: fields[name] > 0 for name in COUNTS}
+    if all(possible.values()):  # else they cannot be counted
+        shards = [-(-count // fields["records_per_shard"]) for count in fields["data.records"]]
+        shards.append(-(-fields["data.captions"] // fields["captions_per_shard"]))
+        possible |= {"number of shards": sum(shards) <= MOST_SHARDS}
     return [name for name, it_is in possible.items() if not it_is]
 
 

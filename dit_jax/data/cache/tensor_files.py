@@ -23,8 +23,10 @@ import ml_dtypes
 import numpy as np
 
 from dit_jax.errors import DataError
+from dit_jax.foreign import parse_json
 
 PAGE = 4096
+MOST_AXES = 8
 HEADER_LIMIT = 100_000_000  # bytes, the published library's own
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -128,7 +130,7 @@ def open_tensors(path: Path, layout: Layout) -> TensorFile:
     try:
         tensors, notes = _parse(mapped)
         _compare(tensors, layout)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DataError(f"{path} is damaged: {_words(error)}") from error
     return TensorFile(tensors, notes, mapped)
 
@@ -151,17 +153,21 @@ def _parse(mapped: mmap.mmap) -> tuple[dict[str, np.ndarray], Any]:
     start = 8 + length
     if start > len(mapped) or length > HEADER_LIMIT:
         raise ValueError(f"its header would take {length:,} bytes of {len(mapped):,}")
-    header = json.loads(mapped[8:start].decode())
-    notes = json.loads(header.pop(METADATA)[NOTES])
+    header = parse_json(mapped[8:start].decode())
+    notes = parse_json(header.pop(METADATA)[NOTES])
     return {name: _view(mapped, start, name, entry) for name, entry in header.items()}, notes
 
 
 def _view(mapped: mmap.mmap, start: int, name: str, entry: Any) -> np.ndarray:
     dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+    if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, begin, end)):
         raise ValueError(f"shape or place of {name!r} are no whole numbers")
+    if len(shape) > MOST_AXES:
+        raise ValueError(f"{name!r} has {len(shape)} axes")
     if end > len(mapped) - start or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name!r} {tuple(shape)} does not lie at its bytes {begin} to {end}")
+    if entry["dtype"] == "BOOL" and mapped[start + begin : start + end].translate(None, b"\0\1"):
+        raise ValueError(f"{name!r} holds more than 0 and 1")
     return np.ndarray(tuple(shape), dtype, mapped, start + begin)
 
 

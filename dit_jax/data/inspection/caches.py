@@ -1,6 +1,5 @@
 """What a person wants to know of a cache: what it was made from and how, how large it is, and whether it is whole."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from dit_jax.data.cache.tensor_files import readable
 from dit_jax.data.inspection.troubles import Tally, Trouble, bad_records_verdict, enumerate_ids, trouble_lines
 from dit_jax.data.inspection.words import Progress, fit, share_of
 from dit_jax.errors import DataError
+from dit_jax.foreign import parse_json
 
 MIB = 2**20
 
@@ -109,7 +109,7 @@ def inspect_cache(folder: Path, max_bad_fraction: float, said: Callable[[str], N
     manifest, tally = read_manifest(folder), Tally()
     try:
         with readable(folder / BAD_RECORDS), (folder / BAD_RECORDS).open(encoding="utf-8") as rows:
-            for row in map(json.loads, rows):
+            for row in map(parse_json, rows):
                 tally.add(row["id"], row["reason"])
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / BAD_RECORDS} is absent or damaged; delete {MANIFEST}: {GO_ON}") from error

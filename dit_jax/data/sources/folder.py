@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dit_jax.data.sources.manifests import columns, make_row, read_csv, read_json, read_jsonl, read_text, usable_rows
-from dit_jax.data.sources.rows import Entry, Files, Rows
+from dit_jax.data.sources.rows import LONGEST_TEXT, Entry, Files, Rows
 from dit_jax.errors import DataError
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -87,5 +87,5 @@ def _paired_rows(folder: Path, looked_for: tuple[str, ...]) -> Rows:
 def _paired_entries(folder: Path, names: list[str]) -> Iterator[Entry]:
     for name in names:
         caption_file = os.path.join(folder, f"{os.path.splitext(name)[0]}.txt")
-        caption = read_text(caption_file) if os.path.isfile(caption_file) else None
+        caption = read_text(caption_file, LONGEST_TEXT) if os.path.isfile(caption_file) else None
         yield make_row({"file_name": name, "text": caption}, name, USUAL)

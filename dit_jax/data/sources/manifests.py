@@ -8,18 +8,19 @@ told by the user. Files are read row by row, so that a list of ten million pictu
 import contextlib
 import csv
 import itertools
-import json
 import operator
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from dit_jax.data.sources.rows import Entry, Files, Listed, Rows, is_utf8, make_entry
 from dit_jax.errors import DataError
+from dit_jax.foreign import LONGEST_LINE, bounded_lines, parse_json
 
 IMAGE_COLUMNS = ("file_name", "image", "path", "filename", "filepath", "image_path")
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
+LARGEST_LIST = 2**30  # bytes of a list that is one JSON: as objects it takes ten times as many; COCO's has 0.1 GB
 SAY_WHICH = "if its columns have other names, say which with ?image=COLUMN&caption=COLUMN"
 
 
@@ -124,17 +125,20 @@ def _first(row: dict[str, Any], names: tuple[str, ...]) -> Any:
 
 def read_jsonl(file: Path, names: Columns) -> Iterator[Entry]:
     """The rows of a file with a JSON object per line."""
-    with _read_errors(file), file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+    with _read_errors(file), file.open("rb") as opened:
+        for number, line in enumerate(bounded_lines(opened), start=1):
             where = f"{file.name}:{number}"
+            if line is None:
+                yield Entry(where, (), f"a line of more than {LONGEST_LINE:,} bytes")
+                continue
             text = line.decode("utf-8", "surrogateescape")
             if number == 1:
                 text = text.removeprefix("\ufeff")
             if not text.strip():
                 continue
             try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
+                row = parse_json(text)
+            except ValueError as error:
                 yield Entry(where, (), f"not JSON: {error}")
             else:
                 yield make_row(row, where, names)
@@ -143,8 +147,8 @@ def read_jsonl(file: Path, names: Columns) -> Iterator[Entry]:
 def read_csv(file: Path, names: Columns) -> Iterator[Entry]:
     """The rows of a file with a header and commas, or tabs where it is called ``.tsv``."""
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-    with _read_errors(file), file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        rows = csv.DictReader(lines, delimiter=delimiter)
+    with _read_errors(file), file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
+        rows = csv.DictReader(_short_lines(opened), delimiter=delimiter)
         try:
             header = rows.fieldnames or []
             if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
@@ -155,6 +159,14 @@ def read_csv(file: Path, names: Columns) -> Iterator[Entry]:
                 yield make_row(row, f"{file.name}:{rows.line_num}", names)
         except csv.Error as error:
             raise DataError(f"{file} line {rows.line_num}: {error} (a quote that is never closed?)") from error
+
+
+def _short_lines(opened: TextIO) -> Iterator[str]:
+    """The lines of a file; csv.Error at one that is too long."""
+    while line := opened.readline(LONGEST_LINE + 1):
+        if len(line) > LONGEST_LINE:
+            raise csv.Error(f"a line of more than {LONGEST_LINE:,} characters")
+        yield line
 
 
 def read_json(file: Path, names: Columns) -> Iterator[Entry]:
@@ -173,15 +185,15 @@ def load_json(file: Path) -> Any:
       DataError: it cannot be read or is not JSON.
     """
     try:
-        return json.loads(read_text(file))
-    except (ValueError, RecursionError) as error:
+        return parse_json(read_text(file, LARGEST_LIST))
+    except ValueError as error:
         raise DataError(f"{file} is not JSON: {error}") from error
 
 
-def read_text(file: str | Path) -> str:
-    """Reads a small text file."""
+def read_text(file: str | Path, limit: int) -> str:
+    """Reads a text file, or the beginning of one that has more than ``limit`` bytes."""
     with _read_errors(file), open(file, "rb") as opened:
-        return opened.read().decode("utf-8-sig", "surrogateescape")
+        return opened.read(min(limit, os.fstat(opened.fileno()).st_size)).decode("utf-8-sig", "surrogateescape")
 
 
 @contextlib.contextmanager

@@ -20,9 +20,12 @@ from typing import NamedTuple
 import numpy as np
 
 from dit_jax.data.sources.records import BadRecord, Record
-from dit_jax.data.transforms import PictureError, decode, picture_size
+from dit_jax.data.transforms import LARGEST_PICTURE, PictureError, decode, picture_size
 from dit_jax.errors import DataError
 
+LONGEST_CAPTION = 2**16  # characters; text encoders read a few hundred
+LONGEST_TEXT = 2**20  # bytes of a file that holds one: more is too long however it is encoded
+TOO_LONG = f"caption is longer than {LONGEST_CAPTION:,} characters"
 HEADER = 2**16  # bytes of a picture file that nearly always say how large the picture is
 TOGETHER = 2**16  # strings that become objects at once where all are read in order
 
@@ -52,14 +55,22 @@ class Strings:
     def __getitem__(self, index: int) -> str:
         """String ``index``, counted from 0."""
         begin, end = self.offsets[index : index + 2]
-        return self.content[begin:end].tobytes().decode("utf-8", "surrogatepass")
+        return _text(self.content[begin:end].tobytes())
 
     def __iter__(self) -> Iterator[str]:
         for begin in range(0, len(self), TOGETHER):
             offsets = self.offsets[begin : begin + TOGETHER + 1].tolist()
             content = self.content[offsets[0] : offsets[-1]].tobytes()
             for here, after in itertools.pairwise(offsets):
-                yield content[here - offsets[0] : after - offsets[0]].decode("utf-8", "surrogatepass")
+                yield _text(content[here - offsets[0] : after - offsets[0]])
+
+
+def _text(content: bytes) -> str:
+    """One of `Strings`; its bytes may come from a file."""
+    try:
+        return content.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError as error:
+        raise DataError(f"a name or caption is damaged: {content[:80]!r} is not UTF-8; delete the cache") from error
 
 
 class _Growing:
@@ -99,9 +110,12 @@ def make_entry(id: str, captions: object) -> Entry:
     """
     given = captions if isinstance(captions, list | tuple) else [captions]
     texts = [" ".join(text.split()) for text in given if isinstance(text, str)]
-    found = tuple(text for text in texts if text and is_utf8(text))
+    short = [text for text in texts if len(text) <= LONGEST_CAPTION]
+    found = tuple(text for text in short if text and is_utf8(text))
     if found:
         return Entry(id, found, "")
+    if len(short) < len(texts):
+        return Entry(id, (), TOO_LONG)
     return Entry(id, (), "caption is not valid UTF-8" if any(texts) else "no caption")
 
 
@@ -163,7 +177,8 @@ class Listed(ABC):
 
     @abstractmethod
     def content(self, index: int, length: int | None) -> bytes:
-        """The picture file of a record; of a length, its first bytes are enough.
+        """The picture file of a record; of a length, its first bytes are enough. None reads no more than one byte above
+        `LARGEST_PICTURE` where a file is larger.
 
         Raises:
           BadRecord: the record has no such file.
@@ -251,9 +266,10 @@ def read_file(file: Path, id: str, length: int | None) -> bytes:
     """The picture file of a record, or its first bytes; errors as of `Listed.content`."""
     try:
         with open(file, "rb", opener=_open_at_once) as opened:
-            if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+            found = os.fstat(opened.fileno())
+            if not stat.S_ISREG(found.st_mode):
                 raise BadRecord(id, "not a regular file")
-            return opened.read(length)
+            return opened.read(min(found.st_size, LARGEST_PICTURE + 1) if length is None else length)
     except ValueError as error:  # a NUL in the name
         raise BadRecord(id, f"not a file name: {error}") from error
     except OSError as error:

@@ -19,9 +19,11 @@ from dit_jax.data.sources.manifests import Columns, usable_rows
 from dit_jax.data.sources.records import BadRecord
 from dit_jax.data.sources.rows import Entry, Listed, make_entry
 from dit_jax.errors import ConfigError, DataError, FetchError
+from dit_jax.foreign import read_json
 
 # name/config:version, but not owner:name, for which TFDS would load code from elsewhere.
 NAME = re.compile(r"\w+(/[\w.+-]+)*(:[\d.*]+)?", re.ASCII)
+OWN_CLASSES = "tensorflow_datasets."
 TOGETHER = 256  # records that are read at once for their captions
 
 
@@ -185,12 +187,28 @@ def _builder(name: str, data_dir: str) -> Any:
     from tensorflow_datasets.core import constants, read_only_builder
 
     folder = Path(data_dir or constants.DATA_DIR).expanduser()
+    for features in sorted((folder / re.split("[/:]", name)[0]).rglob("features.json")):
+        _check_classes(features)
     try:
         return read_only_builder.builder_from_files(name, data_dir=folder)
     except tfds.core.DatasetNotFoundError:
         return _prepare(name, folder)
     except Exception as error:
         raise DataError(f"cannot open tfds:{name} in {folder}: {one_line(error)}") from error
+
+
+def _check_classes(features: Path) -> None:
+    """Refuses a ``features.json`` with a class that is not of TFDS, which would import the module that it names."""
+    try:
+        waiting = [read_json(features)]
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {features}: {error}") from error
+    while waiting:
+        value = waiting.pop()
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        for key in ("pythonClassName", "type") if isinstance(value, dict) else ():
+            if isinstance(named := value.get(key), str) and not named.startswith(OWN_CLASSES):
+                raise DataError(f"{features} names the class {named!a:.100}, which is not of TFDS: it is not imported")
 
 
 def _tensorflow() -> Any:

@@ -7,7 +7,6 @@ read in its tar. Tars that are compressed have no random access and are refused.
 """
 
 import glob
-import json
 import os
 import re
 import struct
@@ -19,8 +18,10 @@ from typing import BinaryIO
 
 from dit_jax.data.sources.folder import PICTURE_SUFFIXES
 from dit_jax.data.sources.manifests import Columns, usable_rows
-from dit_jax.data.sources.rows import Entry, Listed, disk_error, is_utf8, make_entry
+from dit_jax.data.sources.rows import LONGEST_TEXT, Entry, Listed, disk_error, is_utf8, make_entry
+from dit_jax.data.transforms import LARGEST_PICTURE
 from dit_jax.errors import DataError
+from dit_jax.foreign import parse_json
 
 # Folder and name up to the first dot, then all that follows: the rule of the webdataset library.
 KEY_AND_SUFFIX = re.compile(r"((?:.*/)?[^./][^./]*)(\.[^/]*)", re.DOTALL)
@@ -78,7 +79,7 @@ class Shards(Listed):
         try:
             with tar.open("rb") as file:  # opened each time: nothing that threads share or that cannot be pickled
                 file.seek(self._begin[index])
-                return file.read(size if length is None else min(size, length))
+                return file.read(min(size, LARGEST_PICTURE + 1 if length is None else length))
         except OSError as error:
             raise disk_error(tar, error) from error
 
@@ -142,15 +143,19 @@ def _members(tar: Path) -> tuple[list[tuple[str, Span]], int | None]:
     size = tar.stat().st_size
     members: list[tuple[str, Span]] = []
     with tarfile.open(tar, "r:", encoding="utf-8", errors="surrogateescape") as opened:
+        end = 0
         try:
             for member in opened:
-                if member.offset_data + member.size > size:
+                if member.size < 0 or member.offset_data + member.size > size:
                     return members, member.offset_data
+                if opened.offset <= end:  # a size that is a negative number leads back
+                    return members, end
+                end = opened.offset
                 is_plain = member.isreg() and not member.issparse()
                 if not member.isdir():
                     members.append((member.name, (member.offset_data, member.size) if is_plain else NOWHERE))
-        except tarfile.ReadError:
-            return members, opened.offset
+        except (tarfile.TarError, ValueError, LookupError, ArithmeticError, RecursionError, struct.error):
+            return members, end  # what the library lets out where headers are not what they should be
         end = opened.offset
     with tar.open("rb") as file:  # a whole tar ends in zeros; the library is silent where they are missing
         file.seek(end)
@@ -212,18 +217,21 @@ def _entry(id: str, file: BinaryIO, spans: dict[str, Span], picture: Span) -> En
     if not entry.problem or ".json" not in spans:
         return entry
     try:
-        row = json.loads(_text(file, spans[".json"]))
-    except (ValueError, RecursionError) as error:
+        row = parse_json(_text(file, spans[".json"]))
+    except ValueError as error:
         return Entry(id, (), f"not JSON: {error}")
     captions = (make_entry(id, row.get(key)) for key in CAPTION_KEYS) if isinstance(row, dict) else ()
     return next((found for found in captions if found.captions), entry)
 
 
 def _text(file: BinaryIO, span: Span) -> str:
-    """A caption file; bytes that are not UTF-8 become lone surrogates."""
+    """The text beside a picture; of one that is too long the beginning, which is too long a caption or no JSON.
+
+    Bytes that are not UTF-8 become lone surrogates.
+    """
     begin, length = span
     file.seek(begin)
-    return file.read(max(length, 0)).decode("utf-8-sig", "surrogateescape")
+    return file.read(min(max(length, 0), LONGEST_TEXT)).decode("utf-8-sig", "surrogateescape")
 
 
 # --- the user's word ----------------------------------------------------------------------------------------

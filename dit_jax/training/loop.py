@@ -1,0 +1,177 @@
+"""The loop of a run: takes the steps and does beside them what is due, until the last one or until it is to stop.
+
+    step n  ->  diverged?  ->  validate  ->  save  ->  draw samples  ->  told to stop?  ->  step n + 1
+
+What came of step n is looked at when step n + 1 is on its way, so that the device never waits for the host; only where
+one more bad step would be too many, and for what is due, it is waited for.
+
+What is due at a step belongs to it: a process that goes on from step n first does what is missing of step n. A run that
+was stopped, or killed, in the middle of it leaves the same files as one that was not.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+from dit_jax.training.checkpoint import Checkpoints, Commit
+from dit_jax.training.progress import Progress
+from dit_jax.training.state import TrainState
+from dit_jax.training.status import Status
+from dit_jax.training.stop import Stop
+from dit_jax.training.watchdog import Watchdog
+
+Batch = dict[str, jax.Array]
+
+
+class Due(NamedTuple):
+    """What is due when: every so many steps, 0 for never, and at the last step of the run too."""
+
+    save_every: int
+    validate_every: int
+    sample_every: int
+    total_steps: int
+
+    def saves(self, step: int) -> bool:
+        """Whether the state is saved after a step, even if the run goes on."""
+        return _is_multiple(step, self.save_every)
+
+    def validates(self, step: int) -> bool:
+        """Whether a step is followed by a validation."""
+        return self.validate_every > 0 and (step == self.total_steps or _is_multiple(step, self.validate_every))
+
+    def samples(self, step: int) -> bool:
+        """Whether a step is followed by a grid of samples."""
+        return self.sample_every > 0 and (step == self.total_steps or _is_multiple(step, self.sample_every))
+
+
+@dataclass(frozen=True)
+class Duty:
+    """Something that is due at some steps, beside training.
+
+    Attributes:
+      perform: parameters and step -> what to say of it.
+      performed: whether it was done at a step, perhaps by an earlier process.
+    """
+
+    perform: Callable[[Any, int], str]
+    performed: Callable[[int], bool]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What the steps of a run are taken with; `run` takes them.
+
+    Attributes:
+      train_steps: by the latent grid of a batch; state and batch -> state and metrics.
+      batches: one a step, on the devices.
+      due: what is due when.
+      validate, draw: what then happens.
+      checkpoints: where the state is saved.
+      metadata: saved with every checkpoint.
+      progress, status: what is said of the run.
+      stop: when it is told to end.
+      watchdog: when it stands still.
+      max_skipped_in_a_row: so many steps whose loss or gradient is not finite end the run.
+      diverged: the state before a bad step, its batch, the step and its metrics -> what is raised.
+    """
+
+    train_steps: Mapping[tuple[int, ...], Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]]
+    batches: Iterator[Batch]
+    due: Due
+    validate: Duty
+    draw: Duty
+    checkpoints: Checkpoints
+    metadata: dict[str, Any]
+    progress: Progress
+    status: Status
+    stop: Stop
+    watchdog: Watchdog
+    max_skipped_in_a_row: int
+    diverged: Callable[[TrainState, Batch, int, dict[str, jax.Array]], Exception]
+
+    def run(self, state: TrainState, steps: range) -> TrainState:
+        """Take these steps; ``state`` is that after the step before the first.
+
+        Returns:
+          The state after the last step, which is saved and on disk.
+
+        Raises:
+          KeyboardInterrupt, PreemptedError: it was told to stop; the state is saved and on disk.
+          DivergedError: too many bad steps in a row; none of them is saved.
+          WorkdirError: a save did not arrive.
+        """
+        self.progress.restart()
+        step = steps.start - 1
+        if step:
+            self._perform(self.validate, state, step, self.due.validates(step) and not self.validate.performed(step))
+            self._perform(self.draw, state, step, self.due.samples(step) and not self.draw.performed(step))
+        for step in steps:
+            state = self._step(state, step)
+            # before the step is saved: how good it is decides how long it is kept
+            self._perform(self.validate, state, step, self.due.validates(step))
+            saved = step == steps[-1] or (self.due.saves(step) and not self._was_skipped(step))
+            if saved:
+                self._save(state, step)
+            self._perform(self.draw, state, step, self.due.samples(step))
+            self._report(self.checkpoints.committed())
+            if self.stop.reason:
+                if not saved:
+                    self._save(state, step)
+                break
+        with self._aside():
+            self.checkpoints.wait()
+        self._report(self.checkpoints.committed())
+        if step + 1 < steps.stop:
+            self.stop.end(step)
+        return state
+
+    def _step(self, state: TrainState, step: int) -> TrainState:
+        self.watchdog.begin(step)
+        with self.progress.waiting(), self.watchdog.resting():
+            batch = next(self.batches)
+        state, metrics = self.train_steps[batch["mean"].shape[1:3]](state, batch)
+        self.progress.step(step, metrics)
+        if self.progress.skipped_in_a_row + 1 >= self.max_skipped_in_a_row:
+            self.progress.flush()
+        if self.progress.skipped_in_a_row >= self.max_skipped_in_a_row:
+            raise self.diverged(state, batch, step, metrics)
+        self.status.done(step, self.progress.productive)
+        return state
+
+    def _perform(self, duty: Duty, state: TrainState, step: int, due: bool) -> None:
+        """Do what is due; a signal breaks it off."""
+        if due:
+            with self._aside():
+                said = self.stop.unless_told(lambda: duty.perform(state.ema, step))
+                if said is not None:
+                    self.progress.say(said)
+
+    def _was_skipped(self, step: int) -> bool:
+        """Whether a step is one of a row of bad ones; it need not be saved, as an older one may be deleted for it."""
+        self.progress.flush()
+        if self.progress.skipped_in_a_row:
+            self.progress.say(f"step={step} was skipped and is not saved: its state is that of the step before")
+        return self.progress.skipped_in_a_row > 0
+
+    def _save(self, state: TrainState, step: int) -> None:
+        with self._aside():
+            seconds = self.status.done(step, self.progress.productive)
+            self._report(self.checkpoints.save(state, {**self.metadata, "productive_seconds": seconds}))
+            self.progress.say(f"saving step={step}")
+
+    def _report(self, commit: Commit | None) -> None:
+        if commit:
+            self.progress.say(f"saved {commit}")
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Time that is not training; every step before it has ended."""
+        with self.progress.aside(), self.watchdog.resting():
+            yield
+
+
+def _is_multiple(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

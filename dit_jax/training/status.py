@@ -1,0 +1,106 @@
+"""``STATUS.json``: how a run is, for scripts and for people who look in from outside.
+
+    state               training | done | stopped (at stop_at_step) | preempted | interrupted | diverged | stalled
+                        | failed
+    step total_steps    the last step that was done, and the last that there is
+    reason              why it ended; empty while it trains and when it is done
+    restarts            how many processes were there before this one
+    productive_seconds  in training steps that the run has kept: no start, no compiling, no saving, no sampling, no
+                        waiting for data, no step that was lost and done again
+    wall_seconds        since the run first began, whether a process ran or not
+    begun updated       when that was, and when the file was written, in UTC
+    host pid            of the process
+
+The file is replaced as a whole, at most every few seconds and at every change of the state. One that says ``training``
+and is old is of a process that was killed.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dit_jax.errors import DivergedError, PreemptedError
+from dit_jax.foreign import read_json
+from dit_jax.runtime import write_whole
+
+NAME = "STATUS.json"
+EVERY = 5.0  # seconds between two writes of one state
+
+
+class Status:
+    """The status of a run; enter it when training begins. The exception that it is left by is the reason of the end.
+
+    Args:
+      workdir: the run's folder.
+      start: the step that this process starts from.
+      total_steps: of the run.
+      productive: seconds of training until ``start``, as the checkpoint says.
+    """
+
+    def __init__(self, workdir: Path, start: int, total_steps: int, productive: float):
+        self._path = workdir / NAME
+        self.before = _read(self._path)
+        self._before, self._productive, self._written = productive, productive, 0.0
+        self._step, self._total = start, total_steps
+        self._restarts = self.before["restarts"] + 1 if self.before else 0
+        self._begun = self.before.get("begun") or _now()
+
+    def __enter__(self) -> "Status":
+        self._write("training", "")
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if error is None:
+            self._write("done" if self._step == self._total else "stopped", "")
+            return
+        states = {DivergedError: "diverged", PreemptedError: "preempted", KeyboardInterrupt: "interrupted"}
+        with contextlib.suppress(OSError):  # of a full disk: the error itself says it
+            self._write(states.get(kind, "failed"), str(error) or kind.__name__)
+
+    def done(self, step: int, productive: float) -> float:
+        """A step was done, after so many seconds of training in this process; returns those of the whole run."""
+        self._step, self._productive = step, self._before + productive
+        if time.monotonic() - self._written >= EVERY:
+            self._write("training", "")
+        return self._productive
+
+    def stalled(self, reason: str) -> None:
+        """The process is about to be ended by its watchdog."""
+        self._write("stalled", reason)
+
+    def _write(self, state: str, reason: str) -> None:
+        self._written = time.monotonic()
+        begun = datetime.fromisoformat(self._begun)
+        status = {
+            "state": state,
+            "step": self._step,
+            "total_steps": self._total,
+            "reason": reason,
+            "restarts": self._restarts,
+            "productive_seconds": round(self._productive, 3),
+            "wall_seconds": round((datetime.now(UTC) - begun).total_seconds(), 3),
+            "begun": self._begun,
+            "updated": _now(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+        write_whole(self._path, json.dumps(status, indent=2) + "\n")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The status that an earlier process left; empty if there is none that can be read."""
+    try:
+        found = read_json(path)
+        datetime.fromisoformat(found["begun"])
+        return {**found, "restarts": int(found["restarts"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}

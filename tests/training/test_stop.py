@@ -1,0 +1,84 @@
+"""When a run is told to end: what its process does at a first signal and at a second one."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from dit_jax.errors import PreemptedError
+from dit_jax.runtime import SIGNALS
+from dit_jax.training.stop import Stop
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(signal.SIGTERM, PreemptedError), (signal.SIGUSR1, PreemptedError), (signal.SIGINT, KeyboardInterrupt)],
+)
+def test_a_signal_is_a_reason_and_does_not_interrupt(number, error):
+    before = [signal.getsignal(each) for each in SIGNALS]
+    with Stop(None, may_break_off=True) as stop:
+        assert not stop.reason
+        signal.raise_signal(number)
+        assert stop.reason == signal.Signals(number).name
+        with pytest.raises(error, match=f"{stop.reason}: step 7 is saved"):
+            stop.end(7)
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+def test_the_time_is_up_at_the_deadline_and_a_signal_then_ends_nothing_at_once():
+    with Stop(time.monotonic() + 0.05, may_break_off=True) as stop:
+        assert not stop.reason
+        time.sleep(0.06)
+        assert stop.reason == "max_hours"
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.reason == "SIGTERM"
+
+
+def test_a_signal_breaks_off_what_may_be_broken_off():
+    done = []
+
+    def told():
+        done.append("begun")
+        signal.raise_signal(signal.SIGTERM)
+        done.append("whole")
+        return "done"
+
+    with Stop(None, may_break_off=True) as stop:
+        assert stop.unless_told(lambda: "done") == "done"
+        assert stop.unless_told(told) is None and done == ["begun"]
+        assert stop.unless_told(lambda: done.append("again")) is None and done == ["begun"]
+    with Stop(None, may_break_off=False) as stop:
+        assert stop.unless_told(told) == "done" and stop.reason == "SIGTERM"
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    program = """
+import signal, time
+from dit_jax.training.stop import Stop
+with Stop(None, may_break_off=True):
+    signal.raise_signal(signal.SIGINT)
+    print("saving", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"saving\n"
+        begin = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 128 + signal.SIGTERM and time.monotonic() - begin < 2
+
+
+def test_outside_the_main_thread_nothing_listens():
+    found = []
+
+    def listen():
+        with Stop(None, may_break_off=True) as stop:
+            found.append((stop.reason, signal.getsignal(signal.SIGTERM)))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert found == [("", before)]
