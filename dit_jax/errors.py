@@ -1,4 +1,12 @@
-"""Mistakes that a person can mend. A program ends on one with a single line and the error's exit code."""
+"""How programs end before they are done: mistakes that a person can mend, and what asks a program to end.
+
+It ends with a single line and the error's exit code.
+"""
+
+import signal
+
+# What asks a program to end. Schedulers send the latter two before they take a machine away; Windows has no SIGUSR1.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class UserError(Exception):

@@ -5,6 +5,7 @@ that it costs neither memory nor time, and what is read is never too deep for a 
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -49,6 +50,13 @@ def parse_json(text: str) -> Any:
         if not level:
             return found
     raise ValueError(f"it is nested deeper than {DEEPEST}")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is either the old one or the new one, whenever the process ends."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _inside(value: dict[str, Any] | list[Any]) -> list[Any]:

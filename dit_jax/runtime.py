@@ -27,12 +27,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dit_jax.errors import ConfigError, PreemptedError, UserError, WorkdirError
+from dit_jax.errors import SIGNALS, ConfigError, PreemptedError, UserError, WorkdirError
 
 OUT_OF_MEMORY = 6
 INTERRUPTED = 130
-# What asks a program to end. Schedulers send the latter two before they take a machine away; Windows has no SIGUSR1.
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 # What a full disk is called by the system and by tensorstore, whose messages begin with RESOURCE_EXHAUSTED too.
 DISK_FULL = ("No space left", "os_error_code='28'", "Disk quota")
 
@@ -115,13 +113,6 @@ def writable(folder: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or error
         raise WorkdirError(f"cannot write to {folder}: {reason}; give another folder") from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is either the old one or the new one, whenever the process ends."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _end(line: str, code: int, show_traceback: bool) -> None:

@@ -1,6 +1,7 @@
 """Trains a model: one call, `run`, from a config to a finished workdir.
 
-    workdir/  config.json  checkpoints/<step>/  metrics.jsonl  timing.jsonl  tb/  samples/  bad_records.jsonl
+    workdir/  config.json  checkpoints/<step>/  metrics.jsonl  timing.jsonl  tb/  samples/  STATUS.json
+              bad_records.jsonl, diverged/, logs/ where there was something to tell
 
 Called again with the same config it goes on where the last checkpoint ends, and leaves the same files and numbers
 as a run that was never interrupted.
@@ -14,6 +15,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,9 +38,10 @@ from dit_jax.drawing.pipeline import Pipeline
 from dit_jax.encoders import VAE, TextEncoder
 from dit_jax.errors import ConfigError, DivergedError, FetchError
 from dit_jax.feed import open_feed, open_validation
+from dit_jax.foreign import write_whole
 from dit_jax.models.flops import peak_flops, training_flops
 from dit_jax.resolve import resolve
-from dit_jax.runtime import git_commit, writable, write_whole
+from dit_jax.runtime import git_commit, writable
 from dit_jax.sharding import make_mesh, put_batch
 from dit_jax.stored import Trained, begin_from, open_origin
 from dit_jax.stores import folder_of
@@ -77,7 +80,8 @@ def run(config: ConfigDict, workdir: Path | str, watch: Watch | None = None) -> 
     Raises:
       ConfigError: values that cannot be, or a workdir that belongs to another config, data or encoders.
       DataError: a data set that cannot be read.
-      DivergedError: the loss or its gradient is not finite; nothing is saved after it.
+      DivergedError: too many steps in a row whose loss or gradient is not finite; none of them is saved.
+      PreemptedError, KeyboardInterrupt: it was told to stop; the last step that was done is saved.
       CheckpointError: there are checkpoints, but none that can be used.
       WorkdirError: a workdir that cannot be written to or is full; what was said to be saved is.
       FetchError: a bucket that cannot be reached.
@@ -88,6 +92,7 @@ def run(config: ConfigDict, workdir: Path | str, watch: Watch | None = None) -> 
 
 def train(config: ConfigDict, workdir: Workdir, watch: Watch | None) -> TrainState | None:
     """All of a run, in a workdir that is at hand; see `run`."""
+    begun = datetime.now(UTC)
     deadline = time.monotonic() + 3600 * config.max_hours if config.max_hours else None
     due = Due(config.save_every, config.validate_every, config.sample_every, config.total_steps)
 
@@ -146,7 +151,7 @@ def train(config: ConfigDict, workdir: Workdir, watch: Watch | None) -> TrainSta
     with (
         checkpoints.room(),
         closing(checkpoints),
-        Status(workdir.folder, start, config.total_steps, spent) as status,
+        Status(workdir.folder, start, config.total_steps, spent, begun) as status,
         closing(Writer(workdir.folder, start, config.wandb_project, config.to_dict(), watch)) as writer,
         closing(make_progress(config, writer, start, training_flops(model, side, side), mesh)) as progress,
     ):

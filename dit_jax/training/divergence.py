@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.arrays import Array
-from dit_jax.runtime import write_whole
+from dit_jax.foreign import write_whole
 from dit_jax.training.state import TrainState
 from dit_jax.training.step import Batch, TrainStep
 from dit_jax.trees import named_leaves

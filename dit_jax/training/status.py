@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_jax.errors import DivergedError, PreemptedError
-from dit_jax.foreign import read_json
-from dit_jax.runtime import write_whole
+from dit_jax.foreign import read_json, write_whole
 
 NAME = "STATUS.json"
 EVERY = 5.0  # seconds between two writes of one state
@@ -40,15 +39,16 @@ class Status:
       start: the step that this process starts from.
       total_steps: of the run.
       productive: seconds of training until ``start``, as the checkpoint says.
+      begun: when this process began, in UTC.
     """
 
-    def __init__(self, workdir: Path, start: int, total_steps: int, productive: float):
+    def __init__(self, workdir: Path, start: int, total_steps: int, productive: float, begun: datetime):
         self._path = workdir / NAME
         self.before = _read(self._path)
         self._before, self._productive, self._written = productive, productive, 0.0
         self._step, self._total = start, total_steps
         self._restarts = self.before["restarts"] + 1 if self.before else 0
-        self._begun = self.before.get("begun") or _now()
+        self._begun = self.before.get("begun") or _written(begun)
 
     def __enter__(self) -> "Status":
         self._write("training", "")
@@ -85,15 +85,15 @@ class Status:
             "productive_seconds": round(self._productive, 3),
             "wall_seconds": round((datetime.now(UTC) - begun).total_seconds(), 3),
             "begun": self._begun,
-            "updated": _now(),
+            "updated": _written(datetime.now(UTC)),
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
         write_whole(self._path, json.dumps(status, indent=2) + "\n")
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+def _written(moment: datetime) -> str:
+    return moment.isoformat(timespec="milliseconds")
 
 
 def _read(path: Path) -> dict[str, Any]:

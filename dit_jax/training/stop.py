@@ -18,8 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from dit_jax.errors import PreemptedError
-from dit_jax.runtime import SIGNALS
+from dit_jax.errors import SIGNALS, PreemptedError
 
 Result = TypeVar("Result")
 

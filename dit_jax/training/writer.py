@@ -7,7 +7,6 @@ never interrupted.
 
 import json
 import math
-import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.foreign import read_rows
+from dit_jax.foreign import read_rows, write_whole
 
 Watch = Callable[[int, dict[str, float] | np.ndarray], None]
 
@@ -25,9 +24,7 @@ def truncate_rows(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = [line for line, row in read_rows(path) if type(row.get("step")) is int and row["step"] <= last_step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    os.replace(temporary, path)
+    write_whole(path, "".join(line + "\n" for line in kept))
 
 
 def has_row(path: Path, step: int, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from dit_jax import train
 from dit_jax.errors import DivergedError, PreemptedError
 from dit_jax.training.loop import Loop
+from dit_jax.training.watchdog import Watchdog
 from tests.test_train import assert_same_run, leaves
 from tests.tiny_run import tiny_config, train_tiny
 
@@ -101,3 +103,23 @@ def test_a_run_that_diverges_keeps_what_is_good_and_says_what_came(tmp_path, cap
     assert status_of(tmp_path)["state"] == "diverged"
     for step in steps_in(tmp_path):
         assert all(np.isfinite(leaf).all() for leaf in leaves(tmp_path, step).values())
+
+
+def test_a_step_that_does_not_end_is_found_and_what_is_done_beside_the_steps_may_take_its_time(tmp_path, monkeypatch):
+    found, take, save = [], Loop._step, Loop._save
+
+    def hangs(self, state, step):
+        state = take(self, state, step)
+        time.sleep(3 if step == 3 else 0)
+        return state
+
+    def takes_its_time(self, state, step):
+        with self._aside():
+            time.sleep(3)
+        save(self, state, step)
+
+    monkeypatch.setattr(Watchdog, "_end", lambda self, seconds, limit: found.append(self._step))
+    monkeypatch.setattr(Loop, "_step", hangs)
+    monkeypatch.setattr(Loop, "_save", takes_its_time)
+    train_tiny(tmp_path, total_steps="4", save_every="2", sample_every="0", stall_patience="2")
+    assert set(found) == {3}

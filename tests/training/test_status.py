@@ -1,11 +1,14 @@
 """The status of a run says how it is and how it ended, over all of its processes."""
 
 import json
+from datetime import UTC, datetime
 
 import pytest
 
 from dit_jax.errors import DataError, DivergedError, PreemptedError
 from dit_jax.training.status import NAME, Status
+
+NOW = datetime.now(UTC)
 
 
 def read(workdir):
@@ -13,13 +16,13 @@ def read(workdir):
 
 
 def test_a_status_goes_through_the_life_of_a_run(tmp_path):
-    with Status(tmp_path, 0, 10, 0.0) as status:
+    with Status(tmp_path, 0, 10, 0.0, NOW) as status:
         assert not status.before and read(tmp_path)["state"] == "training"
         assert status.done(4, 2.5) == 2.5
     first = read(tmp_path)
     assert (first["state"], first["step"], first["total_steps"], first["restarts"]) == ("stopped", 4, 10, 0)
     assert first["productive_seconds"] == 2.5 <= first["wall_seconds"] + 2.5
-    with Status(tmp_path, 4, 10, 2.5) as status:
+    with Status(tmp_path, 4, 10, 2.5, datetime.now(UTC)) as status:
         assert status.before == first
         assert status.done(10, 1.0) == 3.5  # what the checkpoint says, and what came since
     last = read(tmp_path)
@@ -38,7 +41,7 @@ def test_a_status_goes_through_the_life_of_a_run(tmp_path):
     ],
 )
 def test_the_reason_of_an_end_is_kept(tmp_path, error, state, reason):
-    with pytest.raises(type(error)), Status(tmp_path, 0, 10, 0.0) as status:
+    with pytest.raises(type(error)), Status(tmp_path, 0, 10, 0.0, NOW) as status:
         status.done(3, 1.0)
         raise error
     found = read(tmp_path)
@@ -46,7 +49,7 @@ def test_the_reason_of_an_end_is_kept(tmp_path, error, state, reason):
 
 
 def test_one_that_stalls_says_so_before_it_ends(tmp_path):
-    with Status(tmp_path, 0, 10, 0.0) as status:
+    with Status(tmp_path, 0, 10, 0.0, NOW) as status:
         status.stalled("step 4 has not ended")
         assert (read(tmp_path)["state"], read(tmp_path)["reason"]) == ("stalled", "step 4 has not ended")
 
@@ -54,7 +57,7 @@ def test_one_that_stalls_says_so_before_it_ends(tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"restarts": 3}', '{"begun": "long ago", "restarts": 1}'])
 def test_what_cannot_be_read_begins_anew(tmp_path, text):
     (tmp_path / NAME).write_text(text)
-    with Status(tmp_path, 0, 10, 0.0):
+    with Status(tmp_path, 0, 10, 0.0, NOW):
         assert read(tmp_path)["restarts"] == 0
 
 
@@ -62,6 +65,6 @@ def test_a_full_disk_hides_no_reason(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(DataError, match="no such file"), Status(tmp_path, 0, 10, 0.0):
+    with pytest.raises(DataError, match="no such file"), Status(tmp_path, 0, 10, 0.0, NOW):
         monkeypatch.setattr("dit_jax.training.status.write_whole", full)
         raise DataError("no such file")

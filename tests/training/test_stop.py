@@ -8,8 +8,7 @@ import time
 
 import pytest
 
-from dit_jax.errors import PreemptedError
-from dit_jax.runtime import SIGNALS
+from dit_jax.errors import SIGNALS, PreemptedError
 from dit_jax.training.stop import Stop
 
 
