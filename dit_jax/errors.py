@@ -14,6 +14,7 @@ class UserError(Exception):
 
     exit_code = 1
     kind = "error"
+    of_all = False  # whether every process of a run ends by it, at the same step
 
 
 class ConfigError(UserError):
@@ -35,6 +36,7 @@ class DivergedError(UserError):
 
     exit_code = 4
     kind = "diverged"
+    of_all = True
 
 
 class WorkdirError(UserError):
@@ -70,3 +72,4 @@ class PreemptedError(UserError):
 
     exit_code = 75
     kind = "preempted"
+    of_all = True

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from dit_jax import build
+from dit_jax import build, processes
 from dit_jax.data.ahead import gathered, in_threads
 from dit_jax.data.bad_records import BadRecords, Replaced, too_many
 from dit_jax.data.buckets import assign, sizes_of
@@ -51,7 +51,8 @@ NOT_ASKED = (
     "captions_per_shard",
 )
 
-Batches = Callable[[int, int], Generator[EncodedBatch, None, None]]  # (first step, last step) -> encoded batches
+# (first step, last step, rows) -> these rows of the encoded batches
+Batches = Callable[[int, int, range], Generator[EncodedBatch, None, None]]
 Say = Callable[[str], None]
 
 
@@ -59,8 +60,9 @@ class Feed(NamedTuple):
     """The data of a run.
 
     Attributes:
-      batches: (first step, last step) -> encoded batches of the steps between; the first step of a run is 0 here.
-      records: step -> the records of its batch, int64 ``[B]``, places in the source.
+      batches: (first step, last step, rows of a batch) -> these rows of the encoded batches of the steps between; the
+        first step of a run is 0 here. Each of several processes reads its own rows (`processes.own_rows`).
+      records: step -> the records of its whole batch, int64 ``[B]``, places in the source.
       grids: the latent grids ``(h, w)`` that batches have: one per bucket that has records.
     """
 
@@ -106,7 +108,7 @@ def open_feed(
         if source.bad.any():
             say(f"bad records: {source.bad.sum():,}, replaced by others, listed in bad_records.jsonl of the cache")
     else:
-        bad_records = build.make_bad_records(config, workdir / "bad_records.jsonl", len(source))
+        bad_records = build.make_bad_records(config, processes.own_file(workdir / "bad_records.jsonl"), len(source))
         shapes = build.make_shapes(config, vae.factor)
         bucket = find_buckets(source, shapes, data.patience, say)
         order = build.make_order(config, source, bucket)
@@ -130,9 +132,9 @@ def open_feed(
                 B = config.batch_size
                 return np.array([samples[k].used for k in range(step * B, (step + 1) * B)])
 
-            def encoded_batches(start: int, stop: int) -> Generator[EncodedBatch, None, None]:
+            def encoded_batches(start: int, stop: int, rows: range) -> Generator[EncodedBatch, None, None]:
                 how = THREADS, data.workers, data.patience
-                raw = batches(samples, tokenize, bad_records, start, stop, *how)
+                raw = batches(samples, tokenize, bad_records, start, stop, rows, *how)
                 return encode.encode_every_step(raw, vae, text_encoder, data.storage_dtype)
 
         if bad_records:
@@ -247,12 +249,13 @@ def gathered_batches(config: ConfigDict, cache: Cache, records: Callable[[int], 
     """Batches of a cache, gathered by threads."""
     B, seed = config.batch_size, config.seed
 
-    def make(step: int) -> EncodedBatch:
-        k = np.arange(step * B, (step + 1) * B)
-        sides = is_mirrored(k, seed) if flip else np.zeros(B, bool)
-        return cache.gather(records(step), caption_words(k, seed), sides)
+    def make(rows: range, step: int) -> EncodedBatch:
+        k = np.arange(step * B + rows.start, step * B + rows.stop)
+        sides = is_mirrored(k, seed) if flip else np.zeros(len(k), bool)
+        return cache.gather(records(step)[rows.start : rows.stop], caption_words(k, seed), sides)
 
-    return lambda start, stop: gathered(make, start, stop, max(1, config.data.workers))
+    threads = max(1, config.data.workers)
+    return lambda start, stop, rows: gathered(functools.partial(make, rows), start, stop, threads)
 
 
 def say_long(count: int, first: str, length: int, say: Say, of: str = "") -> None:
@@ -306,13 +309,18 @@ def in_words(shapes: tuple[tuple[int, int], ...]) -> str:
 
 
 def fill_latents(config: ConfigDict, vae: VAE, encoded_batches: Batches, records: int) -> None:
-    """Write the shift and scale of latents into the config: the VAE's own, or as measured on the first samples."""
+    """Write the shift and scale of latents into the config: the VAE's own, or as measured on the first samples.
+
+    Several processes look at the same samples, and take the figures of the first: another machine may round otherwise.
+    """
     scale = vae.latent_scale
     if config.latents.normalize == "measured":
-        some = list(encoded_batches(0, -(-min(MEASURED, records) // config.batch_size)))
+        B = config.batch_size
+        some = list(encoded_batches(0, -(-min(MEASURED, records) // B), range(B)))
         with build.config_errors("latents"):
             scale = measure_scale(*(_flat([batch[key] for batch in some]) for key in ("mean", "std")))
-    config.latents.shift, config.latents.scale = tuple(scale.shift.tolist()), tuple(scale.scale.tolist())
+    shift, scale = processes.of_first([scale.shift.tolist(), scale.scale.tolist()])
+    config.latents.shift, config.latents.scale = tuple(shift), tuple(scale)
 
 
 def _flat(moments: list[np.ndarray]) -> np.ndarray:
@@ -329,8 +337,8 @@ def say_start_check(
     say: Say,
 ) -> None:
     """Look at the first samples, and say what is found and what is wrong with it."""
-    with closing(encoded_batches(0, 1)) as stream:
-        batch = {key: array[:FIRST] for key, array in next(stream).items()}
+    with closing(encoded_batches(0, 1, range(min(FIRST, config.batch_size)))) as stream:
+        batch = next(stream)
     check = encode.check_start(batch, images, vae, preview, build.make_latents(config))
     trip = "" if check.psnr is None else f"VAE round trip {check.psnr:.1f} dB, "
     say(

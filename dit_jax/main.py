@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dit_jax.config import is_export, load_config
+from dit_jax.errors import ConfigError
+from dit_jax.processes import Place
 from dit_jax.runtime import add_flags, read_overrides, run_program, set_up
 from dit_jax.stores import folder_of
 
@@ -32,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--dry_run", action="store_true", help="print config, parameters, cost and memory of the run, and train nothing"
     )
     parser.add_argument("--device", help="with --dry_run: what fits on a 4090, t4, h100, h200 or v5e")
+    several = parser.add_argument_group("several processes that are one run, with all three flags")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 runs, and a free port there")
+    several.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
+    several.add_argument("--process_id", type=int, metavar="I", help="which this one is, 0 to N - 1")
     add_flags(parser)
     args, rest = parser.parse_known_args(argv)
     overrides = read_overrides(parser, rest)
@@ -40,7 +46,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def train() -> None:
         config = load_config(args.config, overrides)
-        set_up(args.allow_cpu or args.device is not None, args.verbose)
+        place = read_place(args.coordinator, args.num_processes, args.process_id)
+        if place and args.dry_run:
+            raise ConfigError("--dry_run is for one process; leave --coordinator, --num_processes and --process_id out")
+        set_up(args.allow_cpu or args.device is not None, args.verbose, place)
         from dit_jax import dry_run, train
 
         if args.dry_run:
@@ -50,6 +59,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     less_memory = "lower batch_size, raise accumulate, or set model.remat to dots (then full)"
     run_program(train, args.traceback, less_memory)
+
+
+def read_place(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Place | None:
+    """What the flags of several processes say; None without them.
+
+    Raises:
+      ConfigError: only some of them, or such as cannot be.
+    """
+    if coordinator is None and num_processes is None and process_id is None:
+        return None
+    if coordinator is None or num_processes is None or process_id is None:
+        raise ConfigError("--coordinator, --num_processes and --process_id go together: give all three, or none")
+    host, _, port = coordinator.rpartition(":")
+    if not (host and port.isdigit() and 0 < int(port) < 2**16):
+        raise ConfigError(f"--coordinator is {coordinator!r}; it must be HOST:PORT")
+    if num_processes < 1 or not 0 <= process_id < num_processes:
+        raise ConfigError(
+            f"--process_id={process_id} of --num_processes={num_processes}: ids count from 0 to num_processes - 1"
+        )
+    return Place(coordinator, num_processes, process_id)
 
 
 def default_workdir(config: str) -> Path:

@@ -27,8 +27,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dit_jax import processes
 from dit_jax.errors import SIGNALS, ConfigError, PreemptedError, UserError, WorkdirError
+from dit_jax.processes import Place
 
+INTERNAL = 1
 OUT_OF_MEMORY = 6
 INTERRUPTED = 130
 # What a full disk is called by the system and by tensorstore, whose messages begin with RESOURCE_EXHAUSTED too.
@@ -85,21 +88,27 @@ def run_program(main: Callable[[], None], show_traceback: bool, less_memory: str
     before = {number: signal.signal(number, _end_program) for number in SIGNALS}
     try:
         main()
+        processes.finish()
     except UserError as error:
-        _end(f"{error.kind}: {error}", error.exit_code, show_traceback)
+        _end(f"{error.kind}: {error}", error.exit_code, show_traceback, error.of_all)
     except KeyboardInterrupt as error:
-        _end_at_once(": ".join(filter(None, ["interrupted", str(error)])), INTERRUPTED, show_traceback)
+        agreed = bool(str(error))  # by `dit_jax.training.stop`, which says where the run stands
+        _end_at_once(": ".join(filter(None, ["interrupted", str(error)])), INTERRUPTED, show_traceback, agreed)
     except _Told as told:
         line = f"{PreemptedError.kind}: {told}; what was done is kept, the same command goes on"
-        _end_at_once(line, PreemptedError.exit_code, show_traceback)
+        _end_at_once(line, PreemptedError.exit_code, show_traceback, False)
     except Exception as error:
+        processes.blame(error)
         said = str(error)
         if any(sign in said for sign in DISK_FULL):
             full = f"{WorkdirError.kind}: the disk is full; make room and start again ({said.splitlines()[0]})"
-            _end(full, WorkdirError.exit_code, show_traceback)
+            _end(full, WorkdirError.exit_code, show_traceback, False)
         if "RESOURCE_EXHAUSTED" not in said:
+            if processes.count() > 1:
+                traceback.print_exc()
+                processes.leave(repr(error), INTERNAL)
             raise
-        _end(f"out of memory: the device cannot hold this; {less_memory}", OUT_OF_MEMORY, show_traceback)
+        _end(f"out of memory: the device cannot hold this; {less_memory}", OUT_OF_MEMORY, show_traceback, False)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -115,14 +124,21 @@ def writable(folder: Path) -> Iterator[None]:
         raise WorkdirError(f"cannot write to {folder}: {reason}; give another folder") from error
 
 
-def _end(line: str, code: int, show_traceback: bool) -> None:
+def _end(line: str, code: int, show_traceback: bool, of_all: bool) -> None:
+    """``of_all``: every process of the run ends like this; else the others are told that this one does."""
     _say_end(line, show_traceback)
+    if of_all:
+        processes.finish()
+    processes.leave(line, code)
     sys.exit(code)
 
 
-def _end_at_once(line: str, code: int, show_traceback: bool) -> None:
+def _end_at_once(line: str, code: int, show_traceback: bool, of_all: bool) -> None:
     """All that was open is closed; threads of XLA, which may compile still, must not see the process taken apart."""
     _say_end(line, show_traceback)
+    if of_all:
+        processes.finish()
+    processes.leave(line, code)
     sys.stdout.flush()
     os._exit(code)
 
@@ -135,11 +151,17 @@ def _say_end(line: str, show_traceback: bool) -> None:
     print(shown, file=sys.stderr, flush=True)
 
 
-def set_up(allow_cpu: bool, verbose: bool) -> None:
+def set_up(allow_cpu: bool, verbose: bool, place: Place | None = None) -> None:
     """Quiet the libraries, turn the compile cache on, make random numbers independent of sharding, check the device.
+
+    Args:
+      allow_cpu: run on CPU even beside an NVIDIA device.
+      verbose: leave the libraries their voice.
+      place: of this process among those of a run, whom it joins; None where it is alone.
 
     Raises:
       ConfigError: an NVIDIA device is present, but JAX would run on CPU and nobody asked for that.
+      LostError: other processes do not come.
     """
     if not verbose:
         quiet_libraries()
@@ -157,6 +179,8 @@ def set_up(allow_cpu: bool, verbose: bool) -> None:
             warnings.warn(f"nothing that is compiled is kept: {cache}: {error.strerror}", stacklevel=1)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     jax.config.update("jax_threefry_partitionable", True)
+    if place:
+        processes.start(place)
     if not allow_cpu and (overlooked := overlooked_gpu()):
         raise ConfigError(f"{overlooked}, or pass --allow_cpu")
 

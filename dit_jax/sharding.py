@@ -33,5 +33,10 @@ def with_sharding(shapes: Any, sharding: NamedSharding) -> Any:
 
 
 def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """Send a batch of host arrays to the devices."""
-    return jax.device_put(batch, batch_sharding(mesh))
+    """Send a batch of host arrays to the devices.
+
+    Each of several processes hands in its own rows, `dit_jax.processes.own_rows`, and gets the whole batch, of which
+    its devices hold those.
+    """
+    sharding = batch_sharding(mesh)
+    return {key: jax.make_array_from_process_local_data(sharding, array) for key, array in batch.items()}

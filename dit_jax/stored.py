@@ -274,7 +274,7 @@ def open_origin(config: ConfigDict, identity: Mapping[str, str], say: Callable[[
 
 def begin_from(origin: Stored, state: TrainState, factor: int, say: Callable[[str], None]) -> TrainState:
     """A fresh state with the parameters of another model where they fit, and a word on every one that does not."""
-    found = transfer(origin.restore(factor), state.params)
+    found = transfer(origin.restore(factor, state.step.sharding), state.params)  # whole on every device, as the step
     trained = origin.trained
     say(
         f"init_from: {origin.folder}, {trained.parameters} parameters of step {trained.step}:"

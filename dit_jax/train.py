@@ -3,6 +3,8 @@
     workdir/  config.json  checkpoints/<step>/  metrics.jsonl  timing.jsonl  tb/  samples/  STATUS.json
               bad_records.jsonl, diverged/, logs/ where there was something to tell
 
+Several processes call it alike (`dit_jax.processes`); the first of them writes and says what there is to say.
+
 Called again with the same config it goes on where the last checkpoint ends, and leaves the same files and numbers
 as a run that was never interrupted.
 """
@@ -28,7 +30,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import dit_jax
-from dit_jax import build
+from dit_jax import build, processes
 from dit_jax.config import is_export, take_over, to_json
 from dit_jax.data.ahead import ahead
 from dit_jax.data.cache.gather import Cache
@@ -56,7 +58,7 @@ from dit_jax.training.step import TrainStep
 from dit_jax.training.stop import Stop
 from dit_jax.training.validation import NAME, Validation, as_row, in_words
 from dit_jax.training.watchdog import Watchdog
-from dit_jax.training.writer import Watch, Writer, has_row
+from dit_jax.training.writer import Silent, Watch, Writer, has_row
 from dit_jax.trees import count_parameters
 from dit_jax.workdir import Workdir, open_workdir
 
@@ -114,7 +116,7 @@ def train(config: ConfigDict, workdir: Workdir, watch: Watch | None) -> TrainSta
 
     # ---- where it stands
     checkpoints = open_checkpoints(config, workdir, identity)
-    start = checkpoints.latest_step() or 0
+    start = processes.of_first(checkpoints.latest_step() or 0)
     stop = min(config.stop_at_step or config.total_steps, config.total_steps)
     banner(config, workdir.place, start, mesh, len(source), len(held_out or ()), (vae, text_encoder))
     scored, drawn = functools.partial(is_scored, workdir.folder), functools.partial(is_drawn, workdir)
@@ -140,10 +142,12 @@ def train(config: ConfigDict, workdir: Workdir, watch: Watch | None) -> TrainSta
     feed = open_feed(config, workdir.folder, source, vae, preview, text_encoder, say)
     validation = None
     if held_out is not None:
-        records = open_validation(config, workdir.folder / "bad_records.jsonl", held_out, vae, text_encoder, say)
+        listed = processes.own_file(workdir.folder / "bad_records.jsonl")
+        records = open_validation(config, listed, held_out, vae, text_encoder, say)
         validation = build.make_validation(config, model, process, records, mesh)
-    with writable(workdir.folder):
-        write_whole(workdir.folder / "config.json", to_json(config))
+    if processes.is_first():
+        with writable(workdir.folder):
+            write_whole(workdir.folder / "config.json", to_json(config))
     step_function = build.make_step(config, model, process, optimizer, learning_rate)
 
     # ---- the loop
@@ -152,14 +156,16 @@ def train(config: ConfigDict, workdir: Workdir, watch: Watch | None) -> TrainSta
         checkpoints.room(),
         closing(checkpoints),
         Status(workdir.folder, start, config.total_steps, spent, begun) as status,
-        closing(Writer(workdir.folder, start, config.wandb_project, config.to_dict(), watch)) as writer,
+        closing(make_writer(config, workdir.folder, start, watch)) as writer,
         closing(make_progress(config, writer, start, training_flops(model, side, side), mesh)) as progress,
     ):
         pipeline = Pipeline(config, preview, text_encoder, state.ema, Trained(start, "ema", **identity))
         prompts = config.sample.prompts or tuple(
             captions[0] for captions in itertools.islice(filter(None, source.captions()), GRID)
         )
-        on_devices = (put_batch(batch, mesh) for batch in feed.batches(start, stop))
+        draw = functools.partial(draw_samples, pipeline, prompts, workdir, writer)
+        mine = feed.batches(start, stop, processes.own_rows(config.batch_size))
+        on_devices = (put_batch(batch, mesh) for batch in mine)
         with closing(ahead(on_devices, AHEAD, config.data.patience, config.data.source)) as coming:
             train_steps: dict[tuple[int, ...], Callable[..., Any]] = {}
             batches: Iterator[dict[str, jax.Array]] = coming
@@ -168,7 +174,7 @@ def train(config: ConfigDict, workdir: Workdir, watch: Watch | None) -> TrainSta
                 train_steps = compile_steps(step_function, state, first, feed.grids)
                 batches = itertools.chain([first], coming)
             with (
-                Stop(deadline, may_break_off=True) as told,
+                Stop(deadline, processes.agreement()) as told,
                 Watchdog(config.stall_patience, workdir.folder / "logs", status.stalled) as watchdog,
             ):
                 loop = Loop(
@@ -176,7 +182,7 @@ def train(config: ConfigDict, workdir: Workdir, watch: Watch | None) -> TrainSta
                     batches=batches,
                     due=due,
                     validate=Duty(functools.partial(score, validation, writer), scored),
-                    draw=Duty(functools.partial(draw_samples, pipeline, prompts, workdir, writer), drawn),
+                    draw=Duty(functools.partial(draw_by_first, draw), drawn),
                     checkpoints=checkpoints,
                     metadata=describe(config, identity, mesh),
                     progress=progress,
@@ -205,20 +211,23 @@ def offer_embedded() -> Iterator[None]:
 def open_checkpoints(config: ConfigDict, workdir: Workdir, identity: dict[str, str]) -> Checkpoints:
     """The checkpoints of a run, which is a new one or the same as before in config, data and encoders.
 
-    The newest is verified; where it is damaged, it is set aside and the run goes on from the one before.
+    The newest is verified; where it is damaged, it is set aside and the run goes on from the one before. Of several
+    processes the first does both.
     """
     place, directory = workdir.place, workdir.checkpoints
     if is_export(workdir.folder / "config.json"):
         raise ConfigError(f"{place} is an export, not a run: give another --workdir (init_from={place} begins with it)")
-    whole, damaged = newest_whole(directory, config.verify_checkpoints, ITEMS)
-    if whole:
+    whole, damaged = newest_whole(directory, config.verify_checkpoints, ITEMS) if processes.is_first() else (None, [])
+    step = processes.of_first(whole and whole.step)
+    if step is not None:
         say(f"checkpoint: {whole}")
         take_over(config, workdir.folder)
-        refuse_another(restore_metadata(directory, whole.step), identity)
+        refuse_another(restore_metadata(directory, step), identity)
     with writable(place):
-        workdir.folder.mkdir(parents=True, exist_ok=True)
-        for report in damaged:
-            say(f"warning: checkpoint: {report}; set aside as {set_aside(directory, report.step)}")
+        if processes.is_first():
+            workdir.folder.mkdir(parents=True, exist_ok=True)
+            for report in damaged:
+                say(f"warning: checkpoint: {report}; set aside as {set_aside(directory, report.step)}")
         return Checkpoints(directory, config.keep_latest, config.keep_every, before_commit=workdir.bring)
 
 
@@ -263,6 +272,13 @@ def banner(
     say(f"workdir: {workdir}, " + (f"resuming from step {start}" if start else "a new run"))
 
 
+def make_writer(config: ConfigDict, workdir: Path, start: int, watch: Watch | None) -> Writer:
+    """Where the numbers of this process go."""
+    if not processes.is_first():
+        return Silent()
+    return Writer(workdir, start, config.wandb_project, config.to_dict(), watch)
+
+
 def make_progress(config: ConfigDict, writer: Writer, start: int, flops: int, mesh: Mesh) -> Progress:
     """What is said about a run; ``flops`` are of one training picture."""
     peak = peak_flops(jax.devices()[0].device_kind)
@@ -280,7 +296,10 @@ def make_progress(config: ConfigDict, writer: Writer, start: int, flops: int, me
 def compile_steps(
     step: TrainStep, state: TrainState, batch: dict[str, jax.Array], grids: Sequence[tuple[int, int]]
 ) -> dict[tuple[int, ...], Callable[..., Any]]:
-    """Compile the train step for batches like this one on every latent grid, and say how long that took."""
+    """Compile the train step for batches like this one on every latent grid, and say how long that took.
+
+    All processes return at a time: the first all-reduce does not wait for one that is slower.
+    """
     several = f" for {len(grids)} shapes of pictures" if len(grids) > 1 else ""
     say(f"compiling the train step{several} ...")
     begin = time.monotonic()
@@ -291,6 +310,7 @@ def compile_steps(
             B, *_, C = shapes[key].shape
             shapes[key] = shapes[key].update(shape=(B, h, w, C))
         compiled[h, w] = step.compile(state, shapes)
+    processes.barrier()
     say(f"compiled the train step in {time.monotonic() - begin:.1f} s")
     return compiled
 
@@ -306,7 +326,14 @@ def score(validation: Validation | None, writer: Writer, params: Any, step: int)
 
 def is_scored(workdir: Path, step: int) -> bool:
     """Whether the parameters of a step were validated."""
-    return has_row(workdir / "metrics.jsonl", step, NAME)
+    return processes.of_first(has_row(workdir / "metrics.jsonl", step, NAME))
+
+
+def draw_by_first(draw: Callable[[Any, int], str], params: Any, step: int) -> str:
+    """The first process draws, with its own copy of the parameters; the others wait."""
+    said = draw(processes.own_copy(params), step) if processes.is_first() else ""
+    processes.barrier()
+    return said
 
 
 def draw_samples(
@@ -325,7 +352,7 @@ def draw_samples(
 
 def is_drawn(workdir: Workdir, step: int) -> bool:
     """Whether the grid of a step is there."""
-    return workdir.has(grid_of(step))
+    return processes.of_first(workdir.has(grid_of(step)))
 
 
 def grid_of(step: int) -> str:

@@ -12,6 +12,7 @@ import pytest
 from dit_jax import build, feed, train
 from dit_jax.errors import DataError
 from dit_jax.precompute import precompute
+from dit_jax.processes import rows_of
 from dit_jax.resolve import resolve
 from dit_jax.sharding import make_mesh
 from dit_jax.training.state import init_params
@@ -19,6 +20,8 @@ from dit_jax.training.step import TrainStep
 from tests.noise_pictures import SQUARE, TALL, WIDE, draw_noise
 from tests.tiny_run import tiny_config, train_tiny
 from tests.toy import randomise
+
+ALL = range(4)  # rows of a batch
 
 
 def open_feed(config, workdir):
@@ -56,12 +59,30 @@ def test_a_batch_has_one_shape_and_every_picture_its_own(tmp_path):
     source = draw_noise(tmp_path / "pictures", [WIDE] * 8 + [TALL] * 8)
     config = tiny_config(data__source=source, data__buckets="3", batch_size="4")
     found = open_feed(config, tmp_path)
-    shapes = [batch["mean"].shape[1:3] for batch in found.batches(0, 40)]
+    shapes = [batch["mean"].shape[1:3] for batch in found.batches(0, 40, ALL)]
     assert set(shapes) == set(found.grids) == {(6, 10), (10, 6)}
     assert 12 <= shapes.count((6, 10)) <= 28  # half of the pictures are wide
-    again = [batch["mean"] for batch in found.batches(7, 12)]
-    for one, other in zip(again, list(found.batches(0, 12))[7:], strict=True):
+    again = [batch["mean"] for batch in found.batches(7, 12, ALL)]
+    for one, other in zip(again, list(found.batches(0, 12, ALL))[7:], strict=True):
         np.testing.assert_array_equal(one, other["mean"])
+
+
+@pytest.mark.parametrize("encode", ["once", "every_step"])
+def test_several_processes_share_every_batch(tmp_path, encode):
+    """With a bad record, and two shapes of pictures."""
+    source = draw_noise(tmp_path / "pictures", [WIDE] * 8 + [TALL] * 8)
+    bad = sorted((tmp_path / "pictures").glob("*.png"))[5]
+    bad.write_bytes(bad.read_bytes()[:200])
+    found = open_feed(
+        tiny_config(data__source=source, data__buckets="3", batch_size="4", data__encode=encode), tmp_path
+    )
+    halves = [list(found.batches(0, 10, rows_of(4, p, 2))) for p in (0, 1)]
+    for whole, *parts in zip(found.batches(0, 10, ALL), *halves, strict=True):
+        for key, array in whole.items():
+            joined = np.concatenate([part[key] for part in parts]).astype(np.float32)
+            atol = 0 if encode == "once" else 1e-2  # another number of pictures in the encoders' jit, bfloat16
+            np.testing.assert_allclose(joined, array.astype(np.float32), atol=atol, rtol=atol)
+    assert bad.name in (tmp_path / "bad_records.jsonl").read_text()
 
 
 def test_measured_latents_of_several_shapes_have_unit_variance(tmp_path):
@@ -69,7 +90,7 @@ def test_measured_latents_of_several_shapes_have_unit_variance(tmp_path):
     config = tiny_config(data__source=source, data__buckets="3", batch_size="4", latents__normalize="measured")
     found = open_feed(config, tmp_path)
     scale = build.make_latents(config)
-    pixels = [scale.to_model(batch["mean"].astype(np.float32)).reshape(-1, 4) for batch in found.batches(0, 40)]
+    pixels = [scale.to_model(batch["mean"].astype(np.float32)).reshape(-1, 4) for batch in found.batches(0, 40, ALL)]
     np.testing.assert_allclose(np.concatenate(pixels).std(0), 1.0, atol=0.1)
 
 

@@ -17,7 +17,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "dit_jax"
 
-LEAVES = {"arrays", "trees", "sharding", "errors", "foreign", "stores"}  # layer 0
+LEAVES = {"arrays", "trees", "sharding", "errors", "foreign", "stores", "processes"}  # layer 0
 LIBRARIES = {"diffusion", "models", "encoders", "data"}  # layer 1: do not know each other
 ROOMS = {"training", "metrics"}  # layer 2
 # layer 4
@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "__init__": set(),
     **{leaf: set() for leaf in LEAVES},
     "stores": {"errors"},
+    "processes": {"errors", "sharding"},
     **{library: LEAVES for library in LIBRARIES},
     **{room: LEAVES | LIBRARIES for room in ROOMS},
     "config": LEAVES,  # knows of no object that is made from it
@@ -42,7 +43,7 @@ MAY_IMPORT = {
     "workdir": LEAVES,  # where a run lies
     **{program: BELOW_PROGRAMS | {"sample"} for program in PROGRAMS},
     "train": BELOW_PROGRAMS | {"evaluate"},
-    "main": PROGRAMS | {"config", "runtime", "stores"},
+    "main": PROGRAMS | {"config", "runtime", "errors", "processes", "stores"},
 }
 
 # Read by one kind of source each, imported inside the functions that need them.

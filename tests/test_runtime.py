@@ -95,3 +95,17 @@ def test_a_signal_ends_a_program_that_closes_what_is_open_and_a_second_one_at_on
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout) == (code, "closed\n" if closes else "")
     assert done.stderr.startswith(says) and done.stderr.count("\n") == bool(says)
+
+
+def test_writes_of_a_failed_save_that_nobody_waits_for_are_not_shown():
+    program = """
+import asyncio
+from dit_jax.runtime import quiet_libraries
+
+quiet_libraries()
+loop = asyncio.new_event_loop()
+loop.create_future().set_exception(OSError("No space left on device"))
+loop.close()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -62,7 +62,7 @@ def data(spec: str, overrides: dict[str, str]) -> None:
 
         def batches(threads: int) -> "Iterator[EncodedBatch]":
             config.data.workers = threads
-            return gathered_batches(config, cache, records, cache.mirrored)(0, sys.maxsize)
+            return gathered_batches(config, cache, records, cache.mirrored)(0, sys.maxsize, range(B))
 
         def on_devices(threads: int) -> "Iterator[dict[str, jax.Array]]":
             coming = (jax.block_until_ready(put_batch(batch, mesh)) for batch in batches(threads))

@@ -2,9 +2,10 @@
 
 Three ways that keep the order of what they are given, so that nothing depends on who is quick: `in_threads`,
 `in_processes`, and `ahead`, which runs any iterator in a thread of its own. Where nothing comes for ``patience``
-seconds (0 waits for ever), or a process dies, the one who waits gets a `DataError`. Threads are daemons and processes
-are killed: a read that never returns keeps no program from ending, as it does with the executors of the standard
-library and with Grain, which wait for it. A process whose parent is gone ends by itself.
+seconds (0 waits for ever), the one who waits gets a `DataError`. Threads are daemons and processes are killed: a read
+that never returns keeps no program from ending, as it does with the executors of the standard library and with Grain,
+which wait for it. A process whose parent is gone ends by itself. One that dies is started again where it was, since an
+item is the same whoever makes it; if that dies too before it has made anything, it ends in a `DataError` as well.
 Results come through pipes: /dev/shm, of which a container has little, is left alone.
 """
 
@@ -19,6 +20,7 @@ import queue
 import signal
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
@@ -27,7 +29,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from dit_jax.errors import SIGNALS, DataError
+from dit_jax.errors import SIGNALS, DataError, UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -116,36 +118,52 @@ def in_processes(
     """Yields ``make(item)`` for each item, in their order, like `in_threads`.
 
     Args:
-      make: can be pickled, as can its results; what it raises is raised here.
+      make: can be pickled, as can its results; what it raises is raised here, as a `DataError` if it is no UserError.
       items: what to call it with, dealt out in turn.
       workers: processes, each with its own ``threads`` and ``depth``.
       threads, depth, patience, what: as above.
 
     Raises:
-      DataError: nothing came, or a process died.
+      DataError: nothing came, ``make`` failed, or a process died before its next result, and the one in its place too.
     """
     context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads of this process hold
     workers = min(workers, len(items))
     started: list[tuple[Connection, BaseProcess]] = []
 
+    def start(first: int) -> tuple[Connection, BaseProcess]:
+        """A worker that makes item ``first`` and those of the following that are its own."""
+        reader, writer = context.Pipe(duplex=False)
+        _widen(writer)
+        process: BaseProcess = context.Process(
+            target=_serve, args=(writer, make, items[first::workers], threads, depth), daemon=True
+        )
+        with _signals_held():
+            process.start()
+        writer.close()  # the worker has the only one: its end is the end of the pipe
+        return reader, process
+
+    stopped = threading.Event()
+
     def stop() -> None:
+        stopped.set()
         for _, process in started:
             process.kill()
 
     atexit.register(stop)  # a thread that waits for a worker may never come to its end
     try:
         for w in range(workers):
-            reader, writer = context.Pipe(duplex=False)
-            _widen(writer)
-            process: BaseProcess = context.Process(
-                target=_serve, args=(writer, make, items[w::workers], threads, depth), daemon=True
-            )
-            with _signals_held():
-                process.start()
-            writer.close()  # the worker has the only one: its end is the end of the pipe
-            started.append((reader, process))
+            started.append(start(w))
         for i in range(len(items)):
-            yield _receive(*started[i % workers], patience, what)
+            try:
+                result = _receive(*started[i % workers], patience, what)
+            except _Died as died:
+                if stopped.is_set():  # we have killed it
+                    raise
+                warnings.warn(f"{died}; it is started again, at item {i:,}", stacklevel=1)
+                started[i % workers][0].close()
+                started[i % workers] = start(i)
+                result = _receive(*started[i % workers], patience, what)
+            yield result
     finally:
         atexit.unregister(stop)
         stop()
@@ -185,6 +203,10 @@ class _Failed(NamedTuple):
     error: BaseException
 
 
+class _Died(DataError):
+    """A worker is gone, perhaps by no fault of its own."""
+
+
 def _receive(reader: Connection, process: BaseProcess, patience: float, what: str) -> Any:
     try:
         if not reader.poll(patience or None):
@@ -192,9 +214,12 @@ def _receive(reader: Connection, process: BaseProcess, patience: float, what: st
         result = reader.recv()
     except (EOFError, OSError):
         process.join(CLOSING)
-        raise DataError(f"{what}: a worker process {_end(process.exitcode)}") from None
+        raise _Died(f"{what}: a worker process {_end(process.exitcode)}") from None
     if isinstance(result, _Failed):
-        raise result.error
+        if isinstance(result.error, UserError):
+            raise result.error
+        said = " ".join(f"{type(result.error).__name__}: {result.error}".split())
+        raise DataError(f"{what}: a worker process failed: {said} (--traceback shows where)") from result.error
     return result
 
 

@@ -2,7 +2,8 @@
 
 `dit_jax.data.order` says which record each sample is; here it is read, or its stand-in where it is bad, cut, mirrored
 and given one of its captions. Sample k is a function of k and the seed alone, so that stopping, resuming, and the
-number of threads or processes that read (`dit_jax.data.ahead`) never change what is trained on.
+number of threads or processes that read (`dit_jax.data.ahead`), or of processes that share a batch (`Rows`), never
+change what is trained on.
 """
 
 import contextlib
@@ -95,17 +96,37 @@ class Samples:
         return Sample(image, record.captions[word % len(record.captions)], index, used, replaced)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The same rows of every batch, one batch after the other: what one of several processes reads.
+
+    Attributes:
+      samples: of whole batches.
+      first_step: where they begin.
+      rows: of a batch, in [0, B).
+    """
+
+    samples: Samples
+    first_step: int
+    rows: range
+
+    def __getitem__(self, j: int) -> Sample:
+        step, row = divmod(j, len(self.rows))
+        return self.samples[(self.first_step + step) * self.samples.order.batch_size + self.rows[row]]
+
+
 def batches(
     samples: Samples,
     tokenize: Tokenize,
     bad_records: BadRecords,
     first_step: int,
     last_step: int,
+    rows: range,
     threads: int,
     workers: int,
     patience: float,
 ) -> Generator[RawBatch, None, None]:
-    """Yields the raw batches of steps ``first_step`` to ``last_step - 1``, each of one bucket.
+    """Yields rows of the raw batches of steps ``first_step`` to ``last_step - 1``, each of one bucket.
 
     Args:
       samples: what to train on.
@@ -113,6 +134,7 @@ def batches(
       bad_records: notes the records that were replaced.
       first_step: where the run starts or resumes.
       last_step: where it ends; nothing is read past it.
+      rows: of every batch, those that are wanted; no others are read.
       threads: that read ahead, in each process; 0 reads when asked.
       workers: processes that read ahead, two batches in all; 0 reads in this one.
       patience: seconds to wait for a sample, 0 for ever.
@@ -120,9 +142,9 @@ def batches(
     Raises:
       DataError: too many bad records, nothing came, or a worker process died.
     """
-    size = samples.order.batch_size
-    positions = range(first_step * size, last_step * size)
-    stream = _read_ahead(samples.__getitem__, positions, 2 * size, threads, workers, patience, samples.source.name)
+    size, wanted = len(rows), Rows(samples, first_step, rows)
+    places = range((last_step - first_step) * size)
+    stream = _read_ahead(wanted.__getitem__, places, 2 * size, threads, workers, patience, samples.source.name)
     with contextlib.closing(stream):
         while chunk := list(itertools.islice(stream, size)):
             for sample in chunk:

@@ -8,6 +8,7 @@ a rectangle and resizes it, `mirror` flips left and right. Nothing here draws ra
 import contextlib
 import io
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -28,6 +29,10 @@ SIDES = re.compile(
 
 
 LARGEST_PICTURE = 2**29  # bytes of a file: as many as the largest that is decoded takes uncompressed, in 16 bits
+
+
+# Pillow warns of what is an error here, and would do so on the terminal of a run, in every process that reads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class PictureError(ValueError):

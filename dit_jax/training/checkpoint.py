@@ -21,7 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
-from dit_jax import stores
+from dit_jax import processes, stores
 from dit_jax.errors import CheckpointError, WorkdirError
 from dit_jax.training import formats, manifest
 from dit_jax.training.saved_steps import FORMAT, ITEMS, TREES, restore_metadata, steps_of, unfinished, verify
@@ -64,8 +64,10 @@ class Checkpoints:
     ):
         self.directory = stores.absolute(directory)
         self._before_commit = before_commit
-        for left in unfinished(self.directory):
-            stores.remove(left)
+        if processes.is_first():
+            for left in unfinished(self.directory):
+                stores.remove(left)
+        processes.barrier()
         # the whole policy is written out: Orbax drops recency when only a part of it is given
         policies: list[Any] = [LatestN(keep_latest), *([EveryNSteps(keep_every)] if keep_every else [])]
         self._manager = ocp.CheckpointManager(
@@ -115,6 +117,8 @@ class Checkpoints:
     def committed(self) -> Commit | None:
         """The save that was committed since the last call, if any; does not wait.
 
+        Of several processes the first looks and tells.
+
         Raises:
           WorkdirError: it did not arrive.
         """
@@ -122,6 +126,8 @@ class Checkpoints:
             return None
         self.wait()
         (step, started), self._pending = self._pending, None
+        if not processes.is_first():
+            return None
         path = self.directory / str(step)
         problems = manifest.verify(path, "fast", ITEMS).problems
         if problems:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax import processes
 from dit_jax.arrays import Array
 from dit_jax.foreign import write_whole
 from dit_jax.training.state import TrainState
@@ -63,8 +64,10 @@ def write_report(
     records: Mapping[int, Sequence[str]],
     norms: dict[str, dict[str, float]],
 ) -> Path:
-    """Write all that is kept; returns where."""
+    """Write all that is kept; returns where. Of several processes the first writes."""
     path = workdir / FOLDER / f"{step:08d}.json"
+    if not processes.is_first():
+        return path
     path.parent.mkdir(exist_ok=True)
     row = {name: np.asarray(value).item() for name, value in metrics.items()}
     report = {"step": step, **row, "records": {str(s): list(ids) for s, ids in records.items()}, "norms": norms}

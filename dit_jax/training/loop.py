@@ -106,8 +106,10 @@ class Loop:
         self.progress.restart()
         step = steps.start - 1
         if step:
-            self._perform(self.validate, state, step, self.due.validates(step) and not self.validate.performed(step))
-            self._perform(self.draw, state, step, self.due.samples(step) and not self.draw.performed(step))
+            self._perform(self.validate, state, step, self._owes_validation(step))
+            self._perform(self.draw, state, step, self._owes_samples(step))
+            if self._owes(step):  # a signal broke it off; who goes on from a later step would not look for it
+                self.stop.end(step)
         for step in steps:
             state = self._step(state, step)
             # before the step is saved: how good it is decides how long it is kept
@@ -117,16 +119,26 @@ class Loop:
                 self._save(state, step)
             self._perform(self.draw, state, step, self.due.samples(step))
             self._report(self.checkpoints.committed())
-            if self.stop.reason:
+            if self.stop.agreed():
                 if not saved:
                     self._save(state, step)
                 break
         with self._aside():
             self.checkpoints.wait()
         self._report(self.checkpoints.committed())
-        if step + 1 < steps.stop:
+        if step + 1 < steps.stop or self._owes(step):
             self.stop.end(step)
         return state
+
+    def _owes_validation(self, step: int) -> bool:
+        return self.due.validates(step) and not self.validate.performed(step)
+
+    def _owes_samples(self, step: int) -> bool:
+        return self.due.samples(step) and not self.draw.performed(step)
+
+    def _owes(self, step: int) -> bool:
+        """Whether something that belongs to a step is still to be done."""
+        return self._owes_validation(step) or self._owes_samples(step)
 
     def _step(self, state: TrainState, step: int) -> TrainState:
         self.watchdog.begin(step)
@@ -137,7 +149,7 @@ class Loop:
         if self.progress.skipped_in_a_row + 1 >= self.max_skipped_in_a_row:
             self.progress.flush()
         if self.progress.skipped_in_a_row >= self.max_skipped_in_a_row:
-            raise self.diverged(state, batch, step, metrics)
+            raise self.diverged(state.replace(step=state.step - 1), batch, step, metrics)  # nothing else has changed
         self.status.done(step, self.progress.productive)
         return state
 

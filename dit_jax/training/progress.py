@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from dit_jax import processes
 from dit_jax.data.cache.parts import Unit
 from dit_jax.training.writer import Writer
 
@@ -192,8 +193,8 @@ class EncodingCounter:
 
 
 def shows_bars() -> bool:
-    """Whether somebody watches: on a terminal or in a notebook."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    """Whether somebody watches: on a terminal or in a notebook; of several processes, the first."""
+    return processes.is_first() and (sys.stderr.isatty() or "ipykernel" in sys.modules)
 
 
 def describe_bad(metrics: Mapping[str, float | jax.Array]) -> str:

@@ -11,8 +11,8 @@
     begun updated       when that was, and when the file was written, in UTC
     host pid            of the process
 
-The file is replaced as a whole, at most every few seconds and at every change of the state. One that says ``training``
-and is old is of a process that was killed.
+The file is replaced as a whole, at most every few seconds and at every change of the state; of several processes the
+first writes it. One that says ``training`` and is old is of a process that was killed.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from dit_jax import processes
 from dit_jax.errors import DivergedError, PreemptedError
 from dit_jax.foreign import read_json, write_whole
 
@@ -75,6 +76,8 @@ class Status:
 
     def _write(self, state: str, reason: str) -> None:
         self._written = time.monotonic()
+        if not processes.is_first():
+            return
         begun = datetime.fromisoformat(self._begun)
         status = {
             "state": state,

@@ -6,6 +6,9 @@
     SIGINT       the same, exit code 130                          130
     max_hours    the same as a first SIGTERM
 
+Of several processes each may be told, and all stop after the same step: after every step each says what it was told,
+and hears what any was (`Stop.agreed`, `dit_jax.processes.Agreement`).
+
 A scheduler sends SIGTERM or SIGUSR1 before it takes a machine away, and starts the program again where that ends with
 75. What is under way beside the steps, such as a grid of samples, is broken off (`Stop.unless_told`) and made good by
 the process that goes on.
@@ -21,6 +24,8 @@ from typing import Any, TypeVar
 from dit_jax.errors import SIGNALS, PreemptedError
 
 Result = TypeVar("Result")
+# As processes tell them each other, by number: the last prevails.
+REASONS = ("", "max_hours", "SIGUSR1", "SIGTERM", "SIGINT")
 
 
 class _BreakOff(BaseException):
@@ -32,15 +37,16 @@ class Stop:
 
     Args:
       deadline: when the run stops by itself, on the clock of `time.monotonic`; None for never.
-      may_break_off: whether this process may leave what it does in `unless_told` by itself.
+      agree: a number of this process -> the largest of all processes, which other devices may be slow to tell; None
+        where there is no other process, and this one may leave what it does in `unless_told` by itself.
 
     Attributes:
-      reason: why to stop, in a word; empty while there is no reason.
+      reason: why to stop, in a word; empty while this process knows of no reason.
     """
 
-    def __init__(self, deadline: float | None, may_break_off: bool):
-        self._deadline = deadline
-        self._may_break_off, self._inside = may_break_off, False
+    def __init__(self, deadline: float | None, agree: Callable[[int], int] | None):
+        self._deadline, self._agree = deadline, agree
+        self._inside = self._signalled = False
         self._reason = ""
         self._before: dict[int, Any] = {}
 
@@ -49,6 +55,14 @@ class Stop:
         if not self._reason and self._deadline is not None and time.monotonic() >= self._deadline:
             self._reason = "max_hours"
         return self._reason
+
+    def agreed(self) -> bool:
+        """Whether the run stops after the step that was taken; asked once a step, by all processes alike."""
+        if self._agree is None:
+            return bool(self.reason)
+        number = self._agree(REASONS.index(self.reason))
+        self._reason = REASONS[number] or self._reason
+        return number > 0
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
@@ -61,19 +75,23 @@ class Stop:
                 signal.signal(number, handler)
 
     def _note(self, number: int, _: Any) -> None:
-        if self._reason and self._reason != "max_hours":
+        if self._signalled:  # not: told by another process, which schedulers signal a little earlier
             os._exit(128 + number)
+        self._signalled = True
         self._reason = signal.Signals(number).name
         if self._inside:
             raise _BreakOff
 
     def unless_told(self, perform: Callable[[], Result]) -> Result | None:
-        """Call a function, but not once there is a reason to stop; None if that was so, or a signal broke it off."""
-        if not self._may_break_off:
+        """Call a function, but not once a signal came; None if one had come, or broke it off.
+
+        A deadline is looked at between steps only: it cannot break off either.
+        """
+        if self._agree is not None:
             return perform()
         try:
             self._inside = True
-            if self.reason:
+            if self._reason:
                 raise _BreakOff
             result = perform()
             self._inside = False
@@ -90,8 +108,7 @@ class Stop:
           KeyboardInterrupt: it was interrupted.
           PreemptedError: every other reason.
         """
-        reason = self.reason or "another process of the run was told to stop"
-        said = f"{reason}: step {step} is saved; the same command goes on from there"
+        said = f"{self.reason}: step {step} is saved; the same command goes on from there"
         if self.reason == signal.SIGINT.name:
             raise KeyboardInterrupt(said)
         raise PreemptedError(said)

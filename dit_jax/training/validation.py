@@ -26,11 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from dit_jax import processes
 from dit_jax.arrays import Array, TextStates
 from dit_jax.data.cache.gather import Cache
 from dit_jax.diffusion.process import Process
 from dit_jax.models.dit import DiT
-from dit_jax.sharding import put_batch
+from dit_jax.sharding import put_batch, replicated
 
 LOG_SNRS = tuple(range(-5, 8))  # nearly all noise to nearly none; every schedule reaches them
 NOISE_SEED = 0  # of the key of (2)
@@ -40,12 +41,12 @@ Predict = Callable[[Array, Array], Array]  # (x_t [B, h, w, C], t [B]) -> [B, h,
 
 
 class Chunk(NamedTuple):
-    """Records that are scored at a time.
+    """Records that are scored at a time, of which a process hands in its rows.
 
     Attributes:
-      batch: an encoded batch (see `dit_jax.arrays`).
-      places: int32 ``[B]``, i of equation (2).
-      good: how many of them count; what is behind fills the batch up.
+      batch: these rows of an encoded batch (see `dit_jax.arrays`).
+      places: int32, i of equation (2) of each.
+      good: how many records of the whole batch count; what is behind fills it up.
     """
 
     batch: dict[str, np.ndarray]
@@ -53,15 +54,16 @@ class Chunk(NamedTuple):
     good: int
 
 
-def chunks(records: Cache, size: int) -> Iterator[Chunk]:
-    """All good records with their first captions, shape by shape, ``size`` at a time."""
+def chunks(records: Cache, size: int, rows: range) -> Iterator[Chunk]:
+    """These rows of all good records with their first captions, shape by shape, ``size`` at a time."""
     for bucket in np.unique(records.bucket):
         places = np.flatnonzero((records.bucket == bucket) & ~records.bad)
         for first in range(0, len(places), size):
             some = places[first : first + size]
             filled = np.append(some, np.full(size - len(some), some[-1]))
-            batch = records.gather(filled, np.zeros(size, np.uint64), np.zeros(size, bool))
-            yield Chunk(batch, filled.astype(np.int32), len(some))
+            mine = filled[rows.start : rows.stop]
+            batch = records.gather(mine, np.zeros(len(mine), np.uint64), np.zeros(len(mine), bool))
+            yield Chunk(batch, mine.astype(np.int32), len(some))
 
 
 def x0_errors(predict: Predict, process: Process, x0: Array, places: Array) -> Array:
@@ -111,7 +113,8 @@ class Validation:
 
     def __call__(self, params: Any) -> np.ndarray:
         errors = []
-        for batch, places, good in chunks(self.records, self.batch_size):
+        rows = processes.own_rows(self.batch_size)
+        for batch, places, good in chunks(self.records, self.batch_size, rows):
             on_devices = put_batch({**batch, "places": places}, self.mesh)
             errors.append(np.asarray(self._errors(params, on_devices), np.float64)[:, :good])
         return np.concatenate(errors, axis=1).mean(1)
@@ -130,7 +133,7 @@ class Validation:
 
             return x0_errors(predict, self.process, self.to_model_latents(mean), batch["places"])
 
-        return jax.jit(errors)
+        return jax.jit(errors, out_shardings=replicated(self.mesh))  # every process sees all of them
 
 
 def as_row(errors: np.ndarray) -> dict[str, float]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dit_jax.foreign import read_rows, write_whole
+from dit_jax.training.tensorboard import Board
 
 Watch = Callable[[int, dict[str, float] | np.ndarray], None]
 
@@ -44,12 +45,10 @@ class Writer:
     """
 
     def __init__(self, workdir: Path, step: int, wandb_project: str, config: dict[str, Any], watch: Watch | None):
-        from tensorboardX import SummaryWriter
-
         for name in ("metrics.jsonl", "timing.jsonl"):
             truncate_rows(workdir / name, step)
         self._metrics, self._timing = workdir / "metrics.jsonl", workdir / "timing.jsonl"
-        self._tensorboard = SummaryWriter(str(workdir / "tb"), purge_step=step + 1)
+        self._board = Board(workdir / "tb", step)
         self._watch = watch
         self._wandb = None
         if wandb_project:
@@ -74,7 +73,7 @@ class Writer:
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """A picture, uint8 ``[height, width, 3]``, for TensorBoard and whoever watches."""
-        self._tensorboard.add_image(name, image, step, dataformats="HWC")
+        self._board.image(step, name, image)
         if self._watch is not None:
             self._watch(step, image)
 
@@ -82,13 +81,30 @@ class Writer:
         finite = {name: value for name, value in row.items() if math.isfinite(value)}
         with path.open("a") as file:  # JSON has no word for nan and infinity but null
             file.write(json.dumps({"step": step, **dict.fromkeys(row), **finite}) + "\n")
-        for name, value in finite.items():
-            self._tensorboard.add_scalar(name, value, step)
+        self._board.numbers(step, finite)
         if self._wandb is not None:
             self._wandb.log(finite, step=step)
 
     def close(self) -> None:
-        """Write what is still held back."""
-        self._tensorboard.close()
+        """End the run at Weights & Biases; all else is written already."""
         if self._wandb is not None:
             self._wandb.finish()
+
+
+class Silent(Writer):
+    """What the processes beside the first have in its place: it writes nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def metrics(self, step: int, row: dict[str, float]) -> None:
+        """The first process writes them."""
+
+    def timing(self, step: int, row: dict[str, float]) -> None:
+        """The first process writes its own."""
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """The first process shows it."""
+
+    def close(self) -> None:
+        """There is nothing to close."""

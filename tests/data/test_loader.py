@@ -18,6 +18,7 @@ from dit_jax.data.order import caption_words, crop_place, is_mirrored, make_orde
 from dit_jax.data.sources.folder import Folder
 from dit_jax.data.sources.records import BadRecord, Mixture, Record, parts_of
 from dit_jax.errors import DataError
+from dit_jax.processes import rows_of
 
 SEED, SIZE, BATCH = 7, 8, 4
 LONG = 60.0  # seconds: more than any of these tests may take
@@ -67,9 +68,9 @@ def quiet(source):
     return BadRecords(None, 1.0, len(source))
 
 
-def take(wanted, first_step, last_step, threads=0, workers=0, patience=LONG):
-    log = quiet(wanted.source)
-    return list(batches(wanted, tokenize, log, first_step, last_step, threads, workers, patience))
+def take(wanted, first_step, last_step, threads=0, workers=0, patience=LONG, rows=None):
+    log, rows = quiet(wanted.source), rows or range(wanted.order.batch_size)
+    return list(batches(wanted, tokenize, log, first_step, last_step, rows, threads, workers, patience))
 
 
 def assert_equal(left, right):
@@ -124,6 +125,27 @@ def test_who_reads_changes_nothing(threads, workers):
 def test_the_batch_size_regroups_the_same_samples():
     flat = [np.concatenate([b["image"] for b in take(full(size), 0, 24 // size)]) for size in (4, 6)]
     np.testing.assert_array_equal(*flat)
+
+
+def test_several_processes_share_every_batch():
+    """Their rows, one below the other, are the batch of one process, also where their number changes in between."""
+    n = 30
+    source = Mixture([Numbered(20, bad=(3, 4)), Numbered(10, bad=(0, 9))], [0.7, 0.3])
+    bucket = np.arange(n) % 2
+    order = make_order(parts_of(source), bucket, BATCH, SEED)
+    wanted = Samples(source, order, SEED, [(SIZE, SIZE), (SIZE, 2 * SIZE)], random_crop=True, flip=True)
+    alone = take(wanted, 0, 24, threads=2)
+    for first_step, last_step, processes in ((0, 24, 2), (0, 24, 4), (7, 9, 2), (9, 24, 4)):
+        parts = [take(wanted, first_step, last_step, rows=rows_of(BATCH, p, processes)) for p in range(processes)]
+        joined = [
+            {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+            for batches in zip(*parts, strict=True)
+        ]
+        assert_equal(joined, alone[first_step:last_step])
+    rows = rows_of(BATCH, 1, 2)
+    assert_equal(take(wanted, 7, 9, 1, 2, rows=rows), take(wanted, 7, 9, rows=rows))  # rows that two workers read
+    seen = np.concatenate([batch["index"] for batch in alone])
+    assert len(set(seen)) > 20 and not {3, 4, 20, 29} & set(seen)
 
 
 def test_nothing_is_read_past_the_last_step():
@@ -247,7 +269,7 @@ def test_bad_records_are_counted_and_listed_once(tmp_path):
     source, path = Numbered(20, bad=(2, 11)), tmp_path / "bad_records.jsonl"
     for _ in range(2):  # the same command again: nothing is listed twice
         log = BadRecords(path, 0.1, len(source))
-        list(batches(samples(source), tokenize, log, 0, 15, 2, 0, LONG))
+        list(batches(samples(source), tokenize, log, 0, 15, range(BATCH), 2, 0, LONG))
         assert len(log) == 2
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         assert sorted(row["id"] for row in rows) == ["record 11", "record 2"]
@@ -260,7 +282,7 @@ def test_too_many_bad_records_stop_the_run(tmp_path):
     source, path = Numbered(20, bad=(2, 11)), tmp_path / "bad_records.jsonl"
     log = BadRecords(path, 0.09, len(source))
     with pytest.raises(DataError, match=r"2 of 20 .*max_bad_fraction=0\.09.*record \d+: on purpose; record") as error:
-        list(batches(samples(source), tokenize, log, 0, 15, 2, 0, LONG))
+        list(batches(samples(source), tokenize, log, 0, 15, range(BATCH), 2, 0, LONG))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert len(path.read_text().splitlines()) == 2
 
@@ -275,7 +297,7 @@ def test_many_records_of_one_file_are_many_in_the_count_and_one_in_the_list(tmp_
 
     def read_all(max_bad_fraction):
         log = BadRecords(path, max_bad_fraction, len(source))
-        list(batches(samples(source, batch_size=5), tokenize, log, 0, 2, 0, 0, LONG))
+        list(batches(samples(source, batch_size=5), tokenize, log, 0, 2, range(5), 0, 0, LONG))
         return log
 
     assert len(read_all(0.5)) == 5 and len(path.read_text().splitlines()) == 1
@@ -334,7 +356,7 @@ def test_a_folder_is_read_by_threads_and_processes(tmp_path, shared_data):
 
     def read_by(threads, workers):
         log = BadRecords(tmp_path / "bad_records.jsonl", 0.01, len(source))
-        return list(batches(wanted, count_letters, log, 40, 44, threads, workers, LONG))
+        return list(batches(wanted, count_letters, log, 40, 44, range(32), threads, workers, LONG))
 
     assert_equal(read_by(4, 0), read_by(0, 0))
     assert_equal(read_by(2, 2), read_by(0, 0))
@@ -350,7 +372,7 @@ def test_a_picture_that_is_never_read_ends_the_run(workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_leaving_early_stops_the_readers(workers):
-    stream = batches(samples(Numbered(50)), tokenize, quiet(Numbered(50)), 0, 10**9, 2, workers, LONG)
+    stream = batches(samples(Numbered(50)), tokenize, quiet(Numbered(50)), 0, 10**9, range(BATCH), 2, workers, LONG)
     assert len(list(islice(stream, 3))) == 3
     stream.close()
     with pytest.raises(StopIteration):

@@ -22,6 +22,8 @@ from dit_jax.errors import DataError
 from tests.data.cache.test_cache import encoded
 from tests.hostile.mutations import JSON, changed, mutated
 
+pytestmark = pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarning")  # of long examples
+
 NAMES = ("a.png", "b.png", "sub/c.png")
 
 

@@ -23,6 +23,8 @@ from tests.encoders.test_tokenizer import GOLDEN
 from tests.hostile.mutations import JSON, TEXT, changed, mutated
 from tests.tiny_run import CONFIG
 
+pytestmark = pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarning")  # of long examples
+
 SLOW = settings(max_examples=max(settings.default.max_examples // 8, 5))
 
 

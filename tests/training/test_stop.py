@@ -9,7 +9,7 @@ import time
 import pytest
 
 from dit_jax.errors import SIGNALS, PreemptedError
-from dit_jax.training.stop import Stop
+from dit_jax.training.stop import REASONS, Stop
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from dit_jax.training.stop import Stop
 )
 def test_a_signal_is_a_reason_and_does_not_interrupt(number, error):
     before = [signal.getsignal(each) for each in SIGNALS]
-    with Stop(None, may_break_off=True) as stop:
+    with Stop(None, agree=None) as stop:
         assert not stop.reason
         signal.raise_signal(number)
         assert stop.reason == signal.Signals(number).name
@@ -28,7 +28,7 @@ def test_a_signal_is_a_reason_and_does_not_interrupt(number, error):
 
 
 def test_the_time_is_up_at_the_deadline_and_a_signal_then_ends_nothing_at_once():
-    with Stop(time.monotonic() + 0.05, may_break_off=True) as stop:
+    with Stop(time.monotonic() + 0.05, agree=None) as stop:
         assert not stop.reason
         time.sleep(0.06)
         assert stop.reason == "max_hours"
@@ -45,19 +45,29 @@ def test_a_signal_breaks_off_what_may_be_broken_off():
         done.append("whole")
         return "done"
 
-    with Stop(None, may_break_off=True) as stop:
+    with Stop(None, agree=None) as stop:
         assert stop.unless_told(lambda: "done") == "done"
         assert stop.unless_told(told) is None and done == ["begun"]
         assert stop.unless_told(lambda: done.append("again")) is None and done == ["begun"]
-    with Stop(None, may_break_off=False) as stop:
+    with Stop(None, agree=lambda mine: mine) as stop:
         assert stop.unless_told(told) == "done" and stop.reason == "SIGTERM"
+
+
+def test_what_one_process_is_told_all_are_and_its_own_signal_may_come_later():
+    others = [0, 0, REASONS.index("SIGTERM")]
+    with Stop(None, agree=lambda mine: max(mine, others.pop(0))) as stop:
+        assert not stop.agreed() and not stop.agreed() and not stop.reason
+        assert stop.agreed() and stop.reason == "SIGTERM"
+        signal.raise_signal(signal.SIGTERM)  # the first that this process gets: it still saves
+        with pytest.raises(PreemptedError, match="SIGTERM: step 7 is saved"):
+            stop.end(7)
 
 
 def test_a_second_signal_ends_the_process_at_once():
     program = """
 import signal, time
 from dit_jax.training.stop import Stop
-with Stop(None, may_break_off=True):
+with Stop(None, agree=None):
     signal.raise_signal(signal.SIGINT)
     print("saving", flush=True)
     time.sleep(60)
@@ -73,7 +83,7 @@ def test_outside_the_main_thread_nothing_listens():
     found = []
 
     def listen():
-        with Stop(None, may_break_off=True) as stop:
+        with Stop(None, agree=None) as stop:
             found.append((stop.reason, signal.getsignal(signal.SIGTERM)))
 
     before = signal.getsignal(signal.SIGTERM)

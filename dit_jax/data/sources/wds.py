@@ -7,6 +7,7 @@ read in its tar. Tars that are compressed have no random access and are refused.
 """
 
 import glob
+import io
 import os
 import re
 import struct
@@ -98,6 +99,9 @@ HEADER = struct.Struct("100s 24x 11s x 12x 6s 2x c 188x 155s 12x")  # name, leng
 TYPE, CHECKSUM = slice(156, 157), slice(148, 156)
 PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE)
 OCTAL = re.compile(rb"[0-7]+")
+LONGEST_HEADER = 2**20
+# What the library lets out where headers are not what they should be.
+NO_TAR = (tarfile.TarError, ValueError, LookupError, ArithmeticError, RecursionError, struct.error)
 TIMES = re.compile(rb"(\d+ [amc]time=[\d.]+\n)+\0*")
 
 
@@ -142,7 +146,7 @@ def _members(tar: Path) -> tuple[list[tuple[str, Span]], int | None]:
     """The members of any tar, `NOWHERE` what is no plain file, such as a link; and where it breaks off."""
     size = tar.stat().st_size
     members: list[tuple[str, Span]] = []
-    with tarfile.open(tar, "r:", encoding="utf-8", errors="surrogateescape") as opened:
+    with _Headers(io.FileIO(tar)) as file, _open(file) as opened:
         end = 0
         try:
             for member in opened:
@@ -154,12 +158,12 @@ def _members(tar: Path) -> tuple[list[tuple[str, Span]], int | None]:
                 is_plain = member.isreg() and not member.issparse()
                 if not member.isdir():
                     members.append((member.name, (member.offset_data, member.size) if is_plain else NOWHERE))
-        except (tarfile.TarError, ValueError, LookupError, ArithmeticError, RecursionError, struct.error):
-            return members, end  # what the library lets out where headers are not what they should be
+        except NO_TAR:
+            return members, end
         end = opened.offset
-    with tar.open("rb") as file:  # a whole tar ends in zeros; the library is silent where they are missing
-        file.seek(end)
-        return members, None if file.read(BLOCK) == bytes(BLOCK) else end
+    with tar.open("rb") as whole:  # a whole tar ends in zeros; the library is silent where they are missing
+        whole.seek(end)
+        return members, None if whole.read(BLOCK) == bytes(BLOCK) else end
 
 
 def _plain_members(tar: Path) -> list[tuple[str, Span]] | None:
@@ -203,8 +207,24 @@ def _check_kind(tar: Path) -> None:
             raise DataError(
                 f"{tar} is compressed, so that no picture can be read alone; unpack it with {program} first"
             )
-    if not tarfile.is_tarfile(tar):
-        raise DataError(f"{tar} is not a tar (a page saved in its place?); fetch it again, or take it away")
+    try:
+        with _Headers(io.FileIO(tar)) as file, _open(file):
+            pass
+    except NO_TAR as error:
+        raise DataError(f"{tar} is not a tar (a page saved in its place?); fetch it again, or take it away") from error
+
+
+class _Headers(io.BufferedReader):
+    """A file of which nobody reads more at once than headers take: the library would, if a header said so."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
+
+
+def _open(file: io.BufferedReader) -> tarfile.TarFile:
+    return tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")
 
 
 def _entry(id: str, file: BinaryIO, spans: dict[str, Span], picture: Span) -> Entry:
