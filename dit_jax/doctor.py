@@ -29,11 +29,12 @@ from dit_jax.runtime import (
     git_commit,
     nvidia_driver,
     overlooked_gpu,
-    path_of,
     quiet_libraries,
     run_program,
 )
+from dit_jax.stores import files_of, folder_of, reach
 from dit_jax.training.saved_steps import CORRUPT, ITEMS, steps_of, verify
+from dit_jax.workdir import CHECKPOINTS
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "transformers")
 MIB, GIB = 2**20, 2**30
@@ -42,17 +43,17 @@ MIB, GIB = 2**20, 2**30
 def main(argv: Sequence[str] | None = None) -> None:
     """The program's flags."""
     parser = argparse.ArgumentParser(prog="python -m dit_jax.doctor", description=__doc__.split("\n")[0])
-    parser.add_argument("--list", type=path_of, metavar="WORKDIR", help="the checkpoints of a run, oldest first")
-    parser.add_argument("--verify", type=path_of, metavar="WORKDIR", help="hash them all; exit code 5: one is damaged")
+    parser.add_argument("--list", metavar="WORKDIR", help="the checkpoints of a run, oldest first")
+    parser.add_argument("--verify", metavar="WORKDIR", help="hash them all; exit code 5: one is damaged")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
 
     def examine() -> None:
         quiet_libraries()
         if args.list:
-            print_checkpoints(args.list)
+            print_checkpoints(folder_of(args.list))
         if args.verify:
-            verify_checkpoints(args.verify)
+            verify_checkpoints(folder_of(args.verify))
         if not args.list and not args.verify:
             for line in describe_installation(Path.cwd()):
                 print(line, flush=True)
@@ -132,9 +133,9 @@ def print_checkpoints(workdir: Path) -> None:
         report = verify(directory, step, "fast", ITEMS)
         found = report.problems[0] if report.problems else "complete" if report.verifiable else "not verifiable"
         loss, validation = (_last_figure(workdir, name, step) for name in ("loss", NAME))
-        print(f"{step:>10}  {_size(directory / str(step)) / MIB:>8.1f}  {loss:>8}  {validation:>10}  {found}")
+        print(f"{step:>10}  {_mib(directory / str(step)):>8.1f}  {loss:>8}  {validation:>10}  {found}")
     for path in sorted(directory.glob(f"*{CORRUPT}")):
-        print(f"{path.name:>10}  {_size(path) / MIB:>8.1f}  {'':>8}  {'':>10}  damaged and set aside")
+        print(f"{path.name:>10}  {_mib(path):>8.1f}  {'':>8}  {'':>10}  damaged and set aside")
 
 
 def verify_checkpoints(workdir: Path) -> None:
@@ -161,15 +162,16 @@ def verify_checkpoints(workdir: Path) -> None:
 
 
 def _steps(workdir: Path) -> tuple[Path, list[int]]:
-    directory = workdir / "checkpoints"
+    reach(workdir)
+    directory = workdir / CHECKPOINTS
     steps = steps_of(directory)
     if not steps:
         raise CheckpointError(f"no checkpoint in {directory}: name the folder of a run")
     return directory, steps
 
 
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def _mib(folder: Path) -> float:
+    return sum(files_of(folder).values()) / MIB
 
 
 def _last_figure(workdir: Path, name: str, step: int) -> str:

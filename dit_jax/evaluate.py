@@ -205,7 +205,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.source is not None:
         pipeline.config.data.source = args.source
     model = path_of(args.model)
-    folder = model / "evaluation" if model.is_dir() else Path("evaluation") / model.name  # of a model from the hub
+    # beside a model from the hub or a bucket nothing can be written
+    folder = model / "evaluation" if model.is_dir() else Path("evaluation") / model.name
     with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
     trained = pipeline.trained

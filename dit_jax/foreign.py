@@ -4,11 +4,12 @@ What is too large or too deep is a ValueError in one line, like what is no JSON 
 that it costs neither memory nor time, and what is read is never too deep for a function that descends into it.
 """
 
+import io
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 LARGEST = 2**26  # bytes of a file that describes something; of these a tokenizer's vocabulary is the largest: a few MiB
 LONGEST_LINE = 2**24  # bytes of a row
@@ -79,7 +80,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Others are passed over: a process that is killed leaves its last line torn, a failing disk leaves anything.
     """
-    with path.open("rb") as file:
+    # wrapped, as files in a bucket cannot read a line up to a limit
+    with path.open("rb") as raw, io.BufferedReader(cast(io.RawIOBase, raw)) as file:
         for line in bounded_lines(file):
             try:
                 text = (line or b"").decode("utf-8").rstrip("\r\n")

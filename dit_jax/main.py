@@ -12,7 +12,8 @@ from pathlib import Path
 from dit_jax.config import is_export, load_config
 from dit_jax.errors import ConfigError
 from dit_jax.processes import Place
-from dit_jax.runtime import add_flags, path_of, read_overrides, run_program, set_up
+from dit_jax.runtime import add_flags, read_overrides, run_program, set_up
+from dit_jax.stores import folder_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--config", required=True, help="FILE.py, FILE.py:key=value,key=value or a run's config.json")
     parser.add_argument(
-        "--workdir", type=path_of, help="folder of the run; default: runs/<config name>, or where the config.json lies"
+        "--workdir",
+        help="folder of the run, or gs://bucket/folder; default: runs/<config name>, or where the config.json lies",
     )
     parser.add_argument(
         "--dry_run", action="store_true", help="print config, parameters, cost and memory of the run, and train nothing"
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.dry_run:
             dry_run.report(config, args.config, args.device)
             return
-        train.run(config, args.workdir or default_workdir(args.config))
+        train.run(config, folder_of(args.workdir) if args.workdir else default_workdir(args.config))
 
     less_memory = "lower batch_size, raise accumulate, or set model.remat to dots (then full)"
     run_program(train, args.traceback, less_memory)

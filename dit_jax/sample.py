@@ -24,7 +24,10 @@ __all__ = ["Pipeline", "add_model_flags", "main", "make_grid", "read_prompts"]
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `Pipeline.load`, for every program that begins with a trained model."""
     parser.add_argument(
-        "--model", "--workdir", required=True, help="folder of a run or an export, or an export's hub id"
+        "--model",
+        "--workdir",
+        required=True,
+        help="folder of a run or an export, gs://bucket/run, or an export's hub id",
     )
     parser.add_argument("--ema", choices=("ema", "raw"), help="averaged (default) or last parameters")
     parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dit_jax import build, foreign
+from dit_jax import build, foreign, stores
 from dit_jax.config import TRAINED, flatten, read_run
 from dit_jax.encoders import places
 from dit_jax.errors import CheckpointError, ConfigError
@@ -128,7 +128,7 @@ def open_stored(path: str | Path, parameters: str | None, step: int | None) -> S
     """
     if parameters not in (None, *ITEM):
         raise ConfigError(f"ema is {parameters!r}; it can be {', '.join(ITEM)}")
-    folder = Path(path).expanduser()
+    folder = stores.folder_of(str(path))
     if places.is_hub_id(path):
         from dit_jax.encoders import hub  # its library takes a second to import
 
@@ -138,11 +138,14 @@ def open_stored(path: str | Path, parameters: str | None, step: int | None) -> S
             raise ConfigError(str(error)) from error
     elif not folder.is_dir() and (reason := places.hidden_by(path)):
         raise CheckpointError(f"there is no folder {folder}{reason}")
+    stores.reach(folder)
     config = read_run(folder)
     trained = _read_trained(folder / "config.json")
     if trained is None:
         parameters = parameters or "ema"
         return Stored(folder, config, _verified(folder / "checkpoints", step, parameters, config), exported=False)
+    if stores.in_bucket(folder):
+        raise CheckpointError(f"{folder} is an export: fetch it first (gcloud storage cp -r {folder} .)")
     for asked, held in ((parameters, trained.parameters), (step, trained.step)):
         if asked not in (None, held):
             raise CheckpointError(

@@ -46,6 +46,7 @@ from dit_jax.resolve import resolve
 from dit_jax.runtime import git_commit, writable
 from dit_jax.sharding import make_mesh, put_batch
 from dit_jax.stored import Trained, begin_from, open_origin
+from dit_jax.stores import folder_of
 from dit_jax.training.checkpoint import Checkpoints
 from dit_jax.training.divergence import block_norms, write_report
 from dit_jax.training.loop import Due, Duty, Loop
@@ -59,18 +60,19 @@ from dit_jax.training.validation import NAME, Validation, as_row, in_words
 from dit_jax.training.watchdog import Watchdog
 from dit_jax.training.writer import Silent, Watch, Writer, has_row
 from dit_jax.trees import count_parameters
+from dit_jax.workdir import Workdir, open_workdir
 
 GRID = 16  # captions of the training set in a sample grid when the config names no prompts
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 AHEAD = 3  # batches that are on the devices, or on their way, before the step that takes them
 
 
-def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainState | None:
+def run(config: ConfigDict, workdir: Path | str, watch: Watch | None = None) -> TrainState | None:
     """Train from the config, or from where ``workdir`` stands, to ``total_steps`` or ``stop_at_step``.
 
     Args:
       config: as `dit_jax.config.load_config` returns it; its gaps are filled in place.
-      workdir: the run's folder; made if it is not there.
+      workdir: the run's folder, here or in a bucket; made if it is not there.
       watch: called with a step and its row of numbers, or its grid of samples as uint8 ``[height, width, 3]``, as soon
         as they are written; what a notebook draws.
 
@@ -84,7 +86,14 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
       PreemptedError, KeyboardInterrupt: it was told to stop; the last step that was done is saved.
       CheckpointError: there are checkpoints, but none that can be used.
       WorkdirError: a workdir that cannot be written to or is full; what was said to be saved is.
+      FetchError: a bucket that cannot be reached.
     """
+    with open_workdir(folder_of(str(workdir))) as opened:
+        return train(config, opened, watch)
+
+
+def train(config: ConfigDict, workdir: Workdir, watch: Watch | None) -> TrainState | None:
+    """All of a run, in a workdir that is at hand; see `run`."""
     begun = datetime.now(UTC)
     deadline = time.monotonic() + 3600 * config.max_hours if config.max_hours else None
     due = Due(config.save_every, config.validate_every, config.sample_every, config.total_steps)
@@ -109,13 +118,16 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
     checkpoints = open_checkpoints(config, workdir, identity)
     start = processes.of_first(checkpoints.latest_step() or 0)
     stop = min(config.stop_at_step or config.total_steps, config.total_steps)
-    banner(config, workdir, start, mesh, len(source), len(held_out or ()), (vae, text_encoder))
-    scored, drawn = functools.partial(is_scored, workdir), functools.partial(is_drawn, workdir)
+    banner(config, workdir.place, start, mesh, len(source), len(held_out or ()), (vae, text_encoder))
+    scored, drawn = functools.partial(is_scored, workdir.folder), functools.partial(is_drawn, workdir)
+    spent = restore_metadata(checkpoints.directory, start).get("productive_seconds", 0.0) if start else 0.0
+    status = Status(workdir.folder, start, config.total_steps, spent, begun)
     owed = start and ((due.validates(start) and not scored(start)) or (due.samples(start) and not drawn(start)))
     if start >= stop and not owed:
         limit = "" if stop == config.total_steps else f" (stop_at_step {stop} of {config.total_steps})"
         say(f"nothing to do: step {start} of {stop} is done{limit}")
         checkpoints.close()
+        status.settle()
         return None
     for note in notes:
         say(f"warning: {note}")
@@ -130,24 +142,23 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
             state = begin_from(open_origin(config, identity, say), state, vae.factor, say)
     scaled = " with a dynamic loss scale" if dtype == jnp.float16 else ""
     say(f"parameters: {count_parameters(state.params):,}; compute in {np.dtype(dtype).name}{scaled}")
-    feed = open_feed(config, workdir, source, vae, preview, text_encoder, say)
+    feed = open_feed(config, workdir.folder, source, vae, preview, text_encoder, say)
     validation = None
     if held_out is not None:
-        listed = processes.own_file(workdir / "bad_records.jsonl")
+        listed = processes.own_file(workdir.folder / "bad_records.jsonl")
         records = open_validation(config, listed, held_out, vae, text_encoder, say)
         validation = build.make_validation(config, model, process, records, mesh)
     if processes.is_first():
-        with writable(workdir):
-            write_whole(workdir / "config.json", to_json(config))
+        with writable(workdir.folder):
+            write_whole(workdir.folder / "config.json", to_json(config))
     step_function = build.make_step(config, model, process, optimizer, learning_rate)
 
     # ---- the loop
-    spent = restore_metadata(checkpoints.directory, start).get("productive_seconds", 0.0) if start else 0.0
     with (
         checkpoints.room(),
         closing(checkpoints),
-        Status(workdir, start, config.total_steps, spent, begun) as status,
-        closing(make_writer(config, workdir, start, watch)) as writer,
+        status,
+        closing(make_writer(config, workdir.folder, start, watch)) as writer,
         closing(make_progress(config, writer, start, training_flops(model, side, side), mesh)) as progress,
     ):
         pipeline = Pipeline(config, preview, text_encoder, state.ema, Trained(start, "ema", **identity))
@@ -166,7 +177,7 @@ def run(config: ConfigDict, workdir: Path, watch: Watch | None = None) -> TrainS
                 batches = itertools.chain([first], coming)
             with (
                 Stop(deadline, processes.agreement()) as told,
-                Watchdog(config.stall_patience, workdir / "logs", status.stalled) as watchdog,
+                Watchdog(config.stall_patience, workdir.folder / "logs", status.stalled) as watchdog,
             ):
                 loop = Loop(
                     train_steps=train_steps,
@@ -199,29 +210,27 @@ def offer_embedded() -> Iterator[None]:
         ) from error
 
 
-def open_checkpoints(config: ConfigDict, workdir: Path, identity: dict[str, str]) -> Checkpoints:
+def open_checkpoints(config: ConfigDict, workdir: Workdir, identity: dict[str, str]) -> Checkpoints:
     """The checkpoints of a run, which is a new one or the same as before in config, data and encoders.
 
     The newest is verified; where it is damaged, it is set aside and the run goes on from the one before. Of several
     processes the first does both.
     """
-    if is_export(workdir / "config.json"):
-        raise ConfigError(
-            f"{workdir} is an export, not a run: give another --workdir (init_from={workdir} begins with it)"
-        )
-    directory = workdir / "checkpoints"
+    place, directory = workdir.place, workdir.checkpoints
+    if is_export(workdir.folder / "config.json"):
+        raise ConfigError(f"{place} is an export, not a run: give another --workdir (init_from={place} begins with it)")
     whole, damaged = newest_whole(directory, config.verify_checkpoints, ITEMS) if processes.is_first() else (None, [])
     step = processes.of_first(whole and whole.step)
     if step is not None:
         say(f"checkpoint: {whole}")
-        take_over(config, workdir)
+        take_over(config, workdir.folder)
         refuse_another(restore_metadata(directory, step), identity)
-    with writable(workdir):
+    with writable(place):
         if processes.is_first():
-            workdir.mkdir(parents=True, exist_ok=True)
+            workdir.folder.mkdir(parents=True, exist_ok=True)
             for report in damaged:
                 say(f"warning: checkpoint: {report}; set aside as {set_aside(directory, report.step)}")
-        return Checkpoints(directory, config.keep_latest, config.keep_every)
+        return Checkpoints(directory, config.keep_latest, config.keep_every, before_commit=workdir.bring)
 
 
 def describe(config: ConfigDict, identity: dict[str, str], mesh: Mesh) -> dict[str, Any]:
@@ -330,34 +339,34 @@ def draw_by_first(draw: Callable[[Any, int], str], params: Any, step: int) -> st
 
 
 def draw_samples(
-    pipeline: Pipeline, prompts: Sequence[str], workdir: Path, writer: Writer, params: Any, step: int
+    pipeline: Pipeline, prompts: Sequence[str], workdir: Workdir, writer: Writer, params: Any, step: int
 ) -> str:
     """Draw the fixed prompts with fixed noise and these parameters; write a grid, and show it on TensorBoard."""
     pipeline.params, pipeline.trained = params, dataclasses.replace(pipeline.trained, step=step)
     pixels = pipeline.draw(prompts, range(len(prompts)))
     grid = make_grid([Image.fromarray(p) for p in pixels], columns=min(len(prompts), 4))
-    path = grid_of(workdir, step)
+    path = workdir.folder / grid_of(step)
     path.parent.mkdir(exist_ok=True)
     save_png(grid, path, {"prompt": "\n".join(prompts), "seed": f"0 to {len(prompts) - 1}", "step": str(step)})
     writer.image(step, "samples", np.asarray(grid))
-    return f"samples of step {step}: {path}"
+    return f"samples of step {step}: {workdir.place / grid_of(step)}"
 
 
-def is_drawn(workdir: Path, step: int) -> bool:
+def is_drawn(workdir: Workdir, step: int) -> bool:
     """Whether the grid of a step is there."""
-    return processes.of_first(grid_of(workdir, step).exists())
+    return processes.of_first(workdir.has(grid_of(step)))
 
 
-def grid_of(workdir: Path, step: int) -> Path:
-    """Where the grid of a step is written."""
-    return workdir / "samples" / f"{step:08d}.png"
+def grid_of(step: int) -> str:
+    """Where the grid of a step lies in the workdir."""
+    return f"samples/{step:08d}.png"
 
 
 def diverged(
     step_function: TrainStep,
     records: Callable[[int], np.ndarray],
     source: Source | Cache,
-    workdir: Path,
+    workdir: Workdir,
     state: TrainState,
     batch: dict[str, jax.Array],
     step: int,
@@ -367,7 +376,8 @@ def diverged(
     row = int(metrics["skipped_in_a_row"])
     names = list(source.ids())
     bad = {s: [names[index] for index in records(s - 1)] for s in range(step - row + 1, step + 1)}
-    path = write_report(workdir, step, metrics, bad, block_norms(step_function, state, batch))
+    path = write_report(workdir.folder, step, metrics, bad, block_norms(step_function, state, batch))
+    path = workdir.place / path.relative_to(workdir.folder)
     return DivergedError(
         f"{describe_bad(metrics)} at step {step}, and {row} steps in a row were not finite (max_skipped_in_a_row); the"
         f" last that is saved is of before. Records and norms: {path}. Lower learning_rate, or look at the data"

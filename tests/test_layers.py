@@ -17,19 +17,21 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "dit_jax"
 
-LEAVES = {"arrays", "trees", "sharding", "errors", "foreign", "processes"}  # layer 0
+LEAVES = {"arrays", "trees", "sharding", "errors", "foreign", "stores", "processes", "vigil"}  # layer 0
 LIBRARIES = {"diffusion", "models", "encoders", "data"}  # layer 1: do not know each other
 ROOMS = {"training", "metrics"}  # layer 2
 # layer 4
 PROGRAMS = {"sample", "evaluate", "train", "dry_run", "precompute", "export", "serve", "doctor", "bench", "__main__"}
 # layer 3
-MIDDLE = {"config", "resolve", "build", "feed", "stored", "drawing", "runtime"}
+MIDDLE = {"config", "resolve", "build", "feed", "stored", "drawing", "runtime", "workdir"}
 BELOW_PROGRAMS = LEAVES | LIBRARIES | ROOMS | MIDDLE
 
 MAY_IMPORT = {
     "__init__": set(),
     **{leaf: set() for leaf in LEAVES},
-    "processes": {"errors", "sharding"},
+    "stores": {"errors"},
+    "processes": {"errors", "sharding", "vigil"},
+    "vigil": {"errors"},
     **{library: LEAVES for library in LIBRARIES},
     **{room: LEAVES | LIBRARIES for room in ROOMS},
     "config": LEAVES,  # knows of no object that is made from it
@@ -39,9 +41,10 @@ MAY_IMPORT = {
     "stored": LEAVES | ROOMS | {"encoders", "config", "build"},  # trained models on disk
     "drawing": LEAVES | LIBRARIES | {"config", "resolve", "build", "stored"},  # prompts in, pictures out
     "runtime": LEAVES,  # how programs start and end
+    "workdir": LEAVES,  # where a run lies
     **{program: BELOW_PROGRAMS | {"sample"} for program in PROGRAMS},
     "train": BELOW_PROGRAMS | {"evaluate"},
-    "main": PROGRAMS | {"config", "runtime", "errors", "processes"},
+    "main": PROGRAMS | {"config", "runtime", "errors", "processes", "stores"},
 }
 
 # Read by one kind of source each, imported inside the functions that need them.

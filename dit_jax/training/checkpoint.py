@@ -1,8 +1,8 @@
 """Saves and restores the arrays of checkpoints: the only file that knows Orbax.
 
-Saving is asynchronous and atomic. A step is written under another name, then all of its files are hashed into its
-manifest, then it is renamed: a step that can be seen is whole, and its manifest says so for as long as it lies there.
-`Checkpoints.committed` reports a save only when that was done, and looked at.
+Saving is asynchronous and atomic. A step is written, then all of its files are hashed into its manifest, then it is
+committed: by a rename, or in a bucket by one file more. A step that counts is whole, and its manifest says so for as
+long as it lies there. `Checkpoints.committed` reports a save only when that was done, and looked at.
 
 What lies there, and which of it can be used, is for `dit_jax.training.saved_steps`. Orbax notices no flipped bit, and
 casts without a word, so that shapes and types of all arrays are compared here (`restore_item`).
@@ -12,9 +12,8 @@ import contextlib
 import errno
 import os
 import re
-import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +21,10 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
-from dit_jax import processes
+from dit_jax import processes, stores
 from dit_jax.errors import CheckpointError, WorkdirError
-from dit_jax.training import manifest
-from dit_jax.training.saved_steps import FORMAT, ITEMS, TREES, UNFINISHED, steps_of, verify
+from dit_jax.training import formats, manifest
+from dit_jax.training.saved_steps import FORMAT, ITEMS, TREES, restore_metadata, steps_of, unfinished, verify
 from dit_jax.training.state import TrainState
 from dit_jax.trees import mismatches, named_leaves
 
@@ -55,13 +54,17 @@ class Checkpoints:
       directory: ``<workdir>/checkpoints``.
       keep_latest: how many of the newest are kept.
       keep_every: steps divisible by this are kept for good; 0 for none.
+      before_commit: called when a step is written and does not count yet, in a thread of its own.
     """
 
-    def __init__(self, directory: Path, keep_latest: int, keep_every: int):
-        self.directory = directory.absolute()
+    def __init__(
+        self, directory: Path, keep_latest: int, keep_every: int, before_commit: Callable[[], None] = lambda: None
+    ):
+        self.directory = stores.absolute(directory)
+        self._before_commit = before_commit
         if processes.is_first():
-            for left in self.directory.glob(f"*{UNFINISHED}*"):
-                shutil.rmtree(left)
+            for left in unfinished(self.directory):
+                stores.remove(left)
         processes.barrier()
         # the whole policy is written out: Orbax drops recency when only a part of it is given
         policies: list[Any] = [LatestN(keep_latest), *([EveryNSteps(keep_every)] if keep_every else [])]
@@ -127,7 +130,7 @@ class Checkpoints:
         problems = manifest.verify(path, "fast", ITEMS).problems
         if problems:
             raise WorkdirError(f"the save of step {step} did not arrive: {problems[0]}; {self._goes_on()}")
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        size = sum(stores.files_of(path).values())
         return Commit(step, size, time.monotonic() - started, self._hashing)
 
     def wait(self) -> None:
@@ -140,14 +143,17 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def restore(self, step: int, state: TrainState) -> TrainState:
-        """The state at a step; ``state`` says structure, shapes, dtypes and shardings.
+        """The state at a step, of whatever format; ``state`` says structure, shapes, dtypes and shardings.
 
         Raises:
           CheckpointError: if the step is missing, unreadable, or of another model.
         """
-        wanted = {"params": state.params, "ema": state.ema, "optimizer": _optimizer_item(state)}
+        wrote = restore_metadata(self.directory, step).get("format", 0)
+        rest = formats.own_shapes(_optimizer_item(state), wrote)
+        wanted = {"params": state.params, "ema": state.ema, "optimizer": rest}
         items = {item: restore_item(self.directory, step, item, wanted[item]) for item in TREES}
-        return TrainState(params=items["params"], ema=items["ema"], **items["optimizer"])
+        rest = formats.of_today(items["optimizer"], wrote)
+        return TrainState(params=items["params"], ema=items["ema"], **rest)
 
     def close(self) -> None:
         """Wait for what is being written and release the directory."""
@@ -186,9 +192,10 @@ class Checkpoints:
         return f"make room in {self.directory}, or make it writable, and start again: the run goes on {where}"
 
     def _write_manifest(self) -> None:
-        """Orbax calls this in its thread when a step is written and not renamed yet."""
-        (growing,) = self.directory.glob(f"*{UNFINISHED}*")
+        """Orbax calls this in its thread when a step is written and not committed yet."""
+        (growing,) = unfinished(self.directory)
         self._hashing = manifest.write(growing, ITEMS)
+        self._before_commit()
 
 
 # ----------------------------------------------------------------------------------------------------- what is in it
@@ -206,7 +213,7 @@ def restore_item(directory: Path, step: int, item: str, shapes: Any) -> Any:
 def save_tree(path: Path, tree: Any) -> None:
     """Write a tree of arrays by itself, and wait until it is there."""
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), tree)
+        checkpointer.save(stores.absolute(path), tree)
 
 
 def restore_tree(path: Path, shapes: Any) -> Any:
@@ -221,7 +228,7 @@ def restore_tree(path: Path, shapes: Any) -> Any:
 def _restore(path: Path, shapes: Any, same_types: bool) -> Any:
     wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, shapes)
     with _readable(path), ocp.StandardCheckpointer() as checkpointer:
-        written = checkpointer.metadata(path.absolute()).item_metadata
+        written = checkpointer.metadata(stores.absolute(path)).item_metadata
         if written is None:
             raise CheckpointError(f"cannot restore {path}: it is not there, or does not say what is in it")
         found = named_leaves(written.tree)
@@ -237,7 +244,7 @@ def _restore(path: Path, shapes: Any, same_types: bool) -> Any:
             raise CheckpointError(
                 "\n  ".join([f"cannot restore {path}: it is of another model", *wrong[:LISTED], *more])
             )
-        return checkpointer.restore(path.absolute(), wanted)
+        return checkpointer.restore(stores.absolute(path), wanted)
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:

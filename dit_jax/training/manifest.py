@@ -14,12 +14,13 @@ Files that are not in it do not count.
 import hashlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from dit_jax.foreign import read_bounded
+from dit_jax.stores import files_of
 
 NAME = "manifest.sha256"
 THREADS = 4  # files that are hashed at a time; hashlib lets other threads run
@@ -54,13 +55,10 @@ def write(folder: Path, under: Sequence[str]) -> float:
       OSError: a file cannot be read, or the manifest not written.
     """
     begin = time.monotonic()
-    paths = sorted(path for name in under for path in (folder / name).rglob("*") if path.is_file())
+    sizes = {name: size for name, size in sorted(files_of(folder).items()) if name.split("/")[0] in under}
     with ThreadPoolExecutor(THREADS) as pool:
-        hashes = list(pool.map(_sha256, paths))
-    entries = [
-        Entry(path.relative_to(folder).as_posix(), path.stat().st_size, sha256)
-        for path, sha256 in zip(paths, hashes, strict=True)
-    ]
+        hashes = list(pool.map(lambda name: _sha256(folder / name), sizes))
+    entries = [Entry(name, size, sha256) for (name, size), sha256 in zip(sizes.items(), hashes, strict=True)]
     (folder / NAME).write_bytes(_text(entries))
     return time.monotonic() - begin
 
@@ -79,8 +77,9 @@ def verify(folder: Path, how: str, under: Sequence[str]) -> Verdict:
     except (OSError, ValueError) as error:
         return Verdict((f"{NAME} {_reason(error)}",), 0, time.monotonic() - begin)
     entries = [entry for entry in entries if entry.path.split("/")[0] in under]
+    sizes = files_of(folder)
     with ThreadPoolExecutor(THREADS) as pool:
-        problems = tuple(filter(None, pool.map(lambda entry: _problem(folder, entry, how), entries)))
+        problems = tuple(filter(None, pool.map(lambda entry: _problem(folder, entry, sizes, how), entries)))
     size = sum(entry.bytes for entry in entries) if how == "full" else 0
     return Verdict(problems, size, time.monotonic() - begin)
 
@@ -102,15 +101,15 @@ def _text(entries: Sequence[Entry]) -> bytes:
     return lines + SEAL.format(hashlib.sha256(lines).hexdigest()).encode()
 
 
-def _problem(folder: Path, entry: Entry, how: str) -> str:
-    """What is wrong with a file; nothing if it is what it was."""
-    path = folder / entry.path
+def _problem(folder: Path, entry: Entry, sizes: Mapping[str, int], how: str) -> str:
+    """What is wrong with a file; nothing if it is what it was. ``sizes`` are those of all files of the folder."""
+    size = sizes.get(entry.path)
+    if size is None:  # also of what no hash would ever end, a device or a pipe
+        return f"{entry.path} is missing"
+    if size != entry.bytes:
+        return f"{entry.path} has {size:,} bytes, not {entry.bytes:,}"
     try:
-        if not path.is_file():  # also of what no hash would ever end, a device or a pipe
-            return f"{entry.path} is missing"
-        if (size := path.stat().st_size) != entry.bytes:
-            return f"{entry.path} has {size:,} bytes, not {entry.bytes:,}"
-        if how == "full" and _sha256(path) != entry.sha256:
+        if how == "full" and _sha256(folder / entry.path) != entry.sha256:
             return f"{entry.path} has another sha256 than it was written with"
     except OSError as error:
         return f"{entry.path} {_reason(error)}"

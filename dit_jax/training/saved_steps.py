@@ -1,25 +1,29 @@
 """Checkpoints as they lie on disk: which steps there are, what they say of themselves, and which of them can be used.
 
-    checkpoints/<step>/          params/  ema/  optimizer/  metadata/ (JSON)  manifest.sha256
+    checkpoints/<step>/          params/  ema/  optimizer/  metadata/ (JSON)  manifest.sha256  commit_success.txt
     checkpoints/<step>.corrupt/  a step that was found damaged, set aside by the run that goes on from the one before
+
+On a disk a step gets its name when all of it is written. In a bucket nothing is renamed at one stroke: a step has its
+name from the start, and counts when ``commit_success.txt`` is there, which is written last.
 
 A step is verified before it is used. Steps of before there were manifests cannot be verified, and are used as they are.
 Nothing here knows how the arrays are stored: `dit_jax.training.checkpoint` does.
 """
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dit_jax import stores
 from dit_jax.errors import CheckpointError
 from dit_jax.foreign import read_json
 from dit_jax.training import manifest
 
-FORMAT = 1  # of a step, in its metadata; those of before there were manifests say none
+FORMAT = 2  # of what is saved now; `dit_jax.training.formats` reads older ones
 TREES = ("params", "ema", "optimizer")
 ITEMS = (*TREES, "metadata")
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a step that is being written, or was when its process ended
+COMMITTED = "commit_success.txt"
 CORRUPT = ".corrupt"
 
 
@@ -53,13 +57,26 @@ class Report(NamedTuple):
 
 def steps_of(directory: Path) -> list[int]:
     """The steps in ``<workdir>/checkpoints``, oldest first, whether whole or not."""
-    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+    if stores.in_bucket(directory):
+        names = [name.removesuffix(f"/{COMMITTED}") for name in stores.files_of(directory) if COMMITTED in name]
+    else:
+        names = [path.name for path in directory.glob("*")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def unfinished(directory: Path) -> list[Path]:
+    """What a process began to save in ``<workdir>/checkpoints`` and did not finish, or does not yet."""
+    if not stores.in_bucket(directory):
+        return list(directory.glob(f"*{UNFINISHED}*"))
+    whole = set(map(str, steps_of(directory)))
+    names = {name.partition("/")[0] for name in stores.files_of(directory)}
+    return [directory / name for name in sorted(names - whole) if name.isdigit()]
 
 
 def verify(directory: Path, step: int, how: str, items: Sequence[str]) -> Report:
     """Compare items of a step with its manifest; ``how`` is as `manifest.verify` takes it."""
     folder = directory / str(step)
-    if not (folder / manifest.NAME).exists() and _is_of_before(folder):
+    if not (folder / manifest.NAME).is_file() and _is_of_before(folder):
         return Report(step, (), False, 0, 0.0)
     verdict = manifest.verify(folder, how, items)
     return Report(step, verdict.problems, True, verdict.bytes, verdict.seconds)
@@ -110,8 +127,9 @@ def find_step(directory: Path, step: int | None, how: str, items: Sequence[str])
 def set_aside(directory: Path, step: int) -> Path:
     """Rename a damaged step, so that it is no step any more; one that was set aside before by its name is removed."""
     aside = directory / f"{step}{CORRUPT}"
-    shutil.rmtree(aside, ignore_errors=True)
-    return (directory / str(step)).rename(aside)
+    stores.remove(aside)
+    stores.move(directory / str(step), aside)
+    return aside
 
 
 def restore_metadata(directory: Path, step: int) -> dict[str, Any]:
@@ -125,7 +143,7 @@ def restore_metadata(directory: Path, step: int) -> dict[str, Any]:
         metadata = read_json(path / "metadata" / "metadata")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot restore {path}/metadata: {' '.join(str(error).split())}") from error
-    if not isinstance(metadata, dict) or type(wrote := metadata.get("format", FORMAT)) is not int:
+    if not isinstance(metadata, dict) or type(wrote := metadata.get("format", 0)) is not int:
         raise CheckpointError(f"{path}/metadata is damaged: it holds no JSON object with a number as its format")
     if wrote > FORMAT:
         versions = metadata.get("versions")
