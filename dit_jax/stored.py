@@ -224,8 +224,8 @@ def _read_safetensors(path: Path, shapes: Any) -> Any:
                 jax.device_put(file.get_tensor(name).astype(leaf.dtype), leaf.sharding)
                 for name, leaf in expected.items()
             ]
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+    except (SafetensorError, AttributeError) as error:  # the latter as the library says that numpy has no such type
+        raise CheckpointError(f"{path} is damaged: {' '.join(str(error).split())}") from error
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 

@@ -162,7 +162,9 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         with safe_open(path, framework="np") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (a handle is no dict)
     except SafetensorError as error:
-        raise ValueError(f"{path.name} is damaged: {error}") from error
+        raise ValueError(f"{path.name} is damaged: {' '.join(str(error).split())}") from error
+    except AttributeError as error:  # as the library says that numpy has no such type
+        raise ValueError(f"{path.name} has numbers of 8 bits, which are not read: convert it to 16 or 32") from error
 
 
 def _read_msgpack(path: Path) -> dict[str, np.ndarray]:

@@ -245,6 +245,14 @@ def test_damaged_flax_files_are_named_in_one_line(tmp_path: Path, damage):
     assert "\n" not in str(error.value)
 
 
+def test_weights_of_8_bits_are_refused(vae_folder: Path):
+    header = b'{"a": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}'
+    (path,) = vae_folder.glob("*.safetensors")
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ValueError, match=f"{path.name} has numbers of 8 bits, which are not read: convert it"):
+        load_vae(vae_folder)
+
+
 def test_two_sets_of_weights_are_refused(vae_folder: Path):
     (path,) = vae_folder.glob("*.safetensors")
     shutil.copy(path, vae_folder / "model.safetensors")

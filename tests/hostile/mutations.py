@@ -57,7 +57,7 @@ def mutated(draw, valid: bytes) -> bytes:
 
 
 # What JSON can hold, with text that a JSON of surrogates, of NUL and of several lines has too.
-TEXT = st.text(max_size=12) | st.sampled_from(["\0", "\ud800", "a\nb", "../x", "/etc/passwd", "x" * 5000])
+TEXT = st.text(max_size=12) | st.sampled_from(["F8_E4M3", "\0", "\ud800", "a\nb", "../x", "/etc/passwd", "x" * 5000])
 LEAVES = st.none() | st.booleans() | st.integers() | st.sampled_from(INTEGERS) | st.floats() | TEXT
 JSON = st.recursive(
     LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4), max_leaves=8
