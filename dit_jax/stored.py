@@ -267,8 +267,13 @@ def open_origin(config: ConfigDict, identity: Mapping[str, str], say: Callable[[
     for key in MEANINGS:
         if theirs.get(key) != ours[key]:
             say(f"warning: init_from was trained with {key}={theirs.get(key)}, this run has {ours[key]}")
-    if not config.latents.scale:
-        config.latents.shift, config.latents.scale = origin.config.latents.shift, origin.config.latents.scale
+    own = origin.config.latents.shift, origin.config.latents.scale
+    if config.latents.scale and (config.latents.shift, config.latents.scale) != own:
+        raise ConfigError(
+            f"init_from={config.init_from} was trained with latents.shift {own[0]} and latents.scale {own[1]}, this run"
+            f" has {config.latents.shift} and {config.latents.scale}; leave both empty, and they are taken over"
+        )
+    config.latents.shift, config.latents.scale = own
     return origin
 
 

@@ -68,7 +68,7 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_bad_records_are_replaced_alike_in_every_way_of_feeding_and_listed(tmp_path):
+def test_bad_records_are_replaced_alike_in_every_way_of_feeding_and_listed(tmp_path, capfd):
     source = draw_all_kinds(tmp_path / "pictures")
     common = {"data__source": source, "data__max_bad_fraction": "0.5", "total_steps": "6", **QUICK}
     precompute(tiny_config(**common), tmp_path / "cache", 0, 1, 4096)
@@ -89,6 +89,7 @@ def test_bad_records_are_replaced_alike_in_every_way_of_feeding_and_listed(tmp_p
     assert not {row["replaced_by"] for row in lists["threads"]} & {*BAD.values(), None}
     losses = {name: [row["loss"] for row in rows_of(run / "metrics.jsonl")] for name, run in runs.items()}
     assert losses["threads"] == losses["workers"] and losses["once"] == losses["cache"]
+    assert "Warning" not in capfd.readouterr().err  # of Pillow, in the workers
     assert losses["once"] == pytest.approx(losses["threads"], rel=1e-4) and len(losses["once"]) == 6
 
 

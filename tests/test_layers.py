@@ -17,7 +17,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "dit_jax"
 
-LEAVES = {"arrays", "trees", "sharding", "errors", "foreign", "stores", "processes"}  # layer 0
+LEAVES = {"arrays", "trees", "sharding", "errors", "foreign", "processes", "stores", "vigil"}  # layer 0
 LIBRARIES = {"diffusion", "models", "encoders", "data"}  # layer 1: do not know each other
 ROOMS = {"training", "metrics"}  # layer 2
 # layer 4
@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "__init__": set(),
     **{leaf: set() for leaf in LEAVES},
     "stores": {"errors"},
-    "processes": {"errors", "sharding"},
+    "processes": {"errors", "sharding", "vigil"},
+    "vigil": {"errors"},
     **{library: LEAVES for library in LIBRARIES},
     **{room: LEAVES | LIBRARIES for room in ROOMS},
     "config": LEAVES,  # knows of no object that is made from it

@@ -72,6 +72,24 @@ def test_a_hub_id_without_a_network_says_how_to_go_on(capsys, tmp_path, key, fil
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--coordinator=localhost:1234"], "--coordinator, --num_processes and --process_id go together"),
+        (["--num_processes=2", "--process_id=0"], "--coordinator, --num_processes and --process_id go together"),
+        (["--coordinator=localhost", "--num_processes=2", "--process_id=0"], "--coordinator is 'localhost'"),
+        (
+            ["--coordinator=a:1", "--num_processes=2", "--process_id=2"],
+            "--process_id=2 of --num_processes=2",
+        ),
+        (["--coordinator=a:1", "--num_processes=2", "--process_id=0", "--dry_run"], "--dry_run is for one process"),
+    ],
+)
+def test_flags_of_several_processes_that_do_not_fit(capsys, tmp_path, flags, says):
+    code, error = fails(capsys, *tiny_flags(tmp_path / "run"), *flags)
+    assert code == 2 and says in error, error
+
+
 def test_a_missing_config_names_the_presets(capsys):
     code, error = fails(capsys, "--config=configs/huge.py")
     assert code == 2 and "no config file configs/huge.py" in error and "configs/quickstart.py" in error

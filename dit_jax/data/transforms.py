@@ -29,6 +29,7 @@ SIDES = re.compile(
 
 
 LARGEST_PICTURE = 2**29  # bytes of a file: as many as the largest that is decoded takes uncompressed, in 16 bits
+TOO_LARGE = f"a file of more than {LARGEST_PICTURE:,} bytes"
 
 
 # Pillow warns of what is an error here, and would do so on the terminal of a run, in every process that reads.
@@ -74,7 +75,7 @@ def _opened(content: bytes) -> Iterator[Image.Image]:
     if not content:
         raise PictureError("empty file (0 bytes)")
     if len(content) > LARGEST_PICTURE:
-        raise PictureError(f"a file of more than {LARGEST_PICTURE:,} bytes")
+        raise PictureError(TOO_LARGE)
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             _check_size(*image.size)

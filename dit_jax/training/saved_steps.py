@@ -146,9 +146,11 @@ def restore_metadata(directory: Path, step: int) -> dict[str, Any]:
     if not isinstance(metadata, dict) or type(wrote := metadata.get("format", 0)) is not int:
         raise CheckpointError(f"{path}/metadata is damaged: it holds no JSON object with a number as its format")
     if wrote > FORMAT:
+        versions = metadata.get("versions")
+        which = versions.get("dit_jax") if isinstance(versions, dict) else None
         raise CheckpointError(
             f"{path} has format {wrote}, this release reads {FORMAT} and older: install the one"
-            f" that wrote it, or a later one ({metadata.get('versions', {}).get('dit_jax', 'it does not say which')})"
+            f" that wrote it, or a later one ({which or 'it does not say which'})"
         )
     return metadata
 

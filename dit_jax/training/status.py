@@ -70,6 +70,11 @@ class Status:
             self._write("training", "")
         return self._productive
 
+    def settle(self) -> None:
+        """Nothing is left to do; put right what a process says that was killed at its very end."""
+        if self.before.get("state") == "training":
+            self.__exit__(None, None, None)
+
     def stalled(self, reason: str) -> None:
         """The process is about to be ended by its watchdog."""
         self._write("stalled", reason)

@@ -22,7 +22,7 @@ settings.register_profile(
     "suite", derandomize=True, database=None, max_examples=40, deadline=None, suppress_health_check=FIXTURES
 )
 settings.register_profile(
-    "soak", database=None, max_examples=4000, deadline=None, suppress_health_check=FIXTURES, print_blob=True
+    "soak", database=None, max_examples=2000, deadline=None, suppress_health_check=FIXTURES, print_blob=True
 )
 settings.load_profile("soak" if os.environ.get("DIT_JAX_SOAK") == "1" else "suite")
 

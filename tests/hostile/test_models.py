@@ -17,7 +17,7 @@ from dit_jax.encoders.tokenizer import Tokenizer
 from dit_jax.errors import CheckpointError, ConfigError, FetchError
 from dit_jax.sample import read_prompts
 from dit_jax.training import manifest
-from dit_jax.training.checkpoint import restore_metadata
+from dit_jax.training.saved_steps import restore_metadata
 from dit_jax.training.writer import truncate_rows
 from tests.encoders.test_tokenizer import GOLDEN
 from tests.hostile.mutations import JSON, TEXT, changed, mutated

@@ -20,6 +20,15 @@ def test_the_whole_suite_runs_in_two_processes(machine):
     assert machine.calls()[-1] == "-m pytest -n 2 --dist loadfile"
 
 
+def test_the_soak_is_two_rooms_and_whatever_its_arguments_name(machine):
+    record = STAND_IN_PYTHON.replace("esac", '  "-m pytest"*) echo "$DIT_JAX_SOAK" ;;\nesac')
+    machine.add("python3", record)
+    assert machine.run("test.sh", "--soak").stdout.endswith("\n1\n")
+    assert machine.calls()[-1] == "-m pytest -m not slow tests/soak tests/hostile"
+    machine.run("test.sh", "--soak", "-k", "kills")
+    assert machine.calls()[-1] == "-m pytest -m not slow -k kills"
+
+
 def test_more_extras_can_be_named(machine):
     machine.add("python3", STAND_IN_PYTHON)
     machine.run("test.sh", "--install_only", DIT_JAX_TEST_EXTRAS="torch,dev")

@@ -1,5 +1,6 @@
 """A run that is struck again and again, started again each time by the same command, and held to what was promised."""
 
+import json
 import random
 import signal
 from collections import Counter
@@ -82,6 +83,9 @@ class Survivor:
         else:
             owed = program.step or before
             assert program.newest() == owed, f"{strike}: saved {program.newest()} of {owed}\n{program}"
+            begin = "interrupted" if number == signal.SIGINT else f"preempted: {number.name}"
+            told = f": step {owed} is saved" if program.step > program.resumed else ""
+            assert program.lines[-1].startswith(begin) and told in program.lines[-1], program
         self._owed = max(self._owed, owed)
         unfinished = len(list(program.checkpoints.glob(f"*{UNFINISHED}*")))
         self.outcomes.append(Outcome(strike, hit, unfinished, len(incomplete(program.checkpoints)), None))
@@ -99,6 +103,7 @@ class Survivor:
         """The same, and compare it with a run that nobody struck."""
         assert_same_run(other, self.ends(), self._plan.total)
         assert _files(self.workdir) == _files(other)
+        assert json.loads((self.workdir / "STATUS.json").read_text())["state"] == "done"
 
     def start(self) -> Program:
         """Start it, by the same command as ever."""
@@ -121,7 +126,7 @@ def _files(workdir: Path) -> dict[str, bytes]:
     for path in sorted(workdir.rglob("*")):
         name = path.relative_to(workdir).as_posix()
         if path.is_file() and not name.startswith(("checkpoints/", "tb/")):
-            found[name] = b"" if name == "timing.jsonl" else path.read_bytes()
+            found[name] = b"" if name in ("timing.jsonl", "STATUS.json") else path.read_bytes()
     return found | {f"checkpoints/{path.name}": b"" for path in (workdir / "checkpoints").iterdir()}
 
 

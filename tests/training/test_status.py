@@ -48,6 +48,18 @@ def test_the_reason_of_an_end_is_kept(tmp_path, error, state, reason):
     assert (found["state"], found["step"], found["reason"]) == (state, 3, reason)
 
 
+def test_a_run_that_was_killed_when_all_was_done_is_done(tmp_path):
+    path = tmp_path / NAME
+    with Status(tmp_path, 9, 10, 0.0, NOW):
+        training = path.read_text()
+    path.write_text(training)  # as a process leaves it that is killed
+    Status(tmp_path, 10, 10, 0.0, NOW).settle()
+    done = path.read_text()
+    assert (read(tmp_path)["state"], read(tmp_path)["step"]) == ("done", 10)
+    Status(tmp_path, 10, 10, 0.0, NOW).settle()
+    assert path.read_text() == done
+
+
 def test_one_that_stalls_says_so_before_it_ends(tmp_path):
     with Status(tmp_path, 0, 10, 0.0, NOW) as status:
         status.stalled("step 4 has not ended")

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dit_jax.data.sources.records import BadRecord, Record
-from dit_jax.data.transforms import LARGEST_PICTURE, PictureError, decode, picture_size
+from dit_jax.data.transforms import LARGEST_PICTURE, TOO_LARGE, PictureError, decode, picture_size
 from dit_jax.errors import DataError
 
 LONGEST_CAPTION = 2**16  # characters; text encoders read a few hundred
@@ -177,8 +177,8 @@ class Listed(ABC):
 
     @abstractmethod
     def content(self, index: int, length: int | None) -> bytes:
-        """The picture file of a record; of a length, its first bytes are enough. None reads no more than one byte above
-        `LARGEST_PICTURE` where a file is larger.
+        """The picture file of a record; of a length, its first bytes are enough. Of one that is larger than
+        `LARGEST_PICTURE` no more is read than shows it.
 
         Raises:
           BadRecord: the record has no such file.
@@ -269,7 +269,9 @@ def read_file(file: Path, id: str, length: int | None) -> bytes:
             found = os.fstat(opened.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise BadRecord(id, "not a regular file")
-            return opened.read(min(found.st_size, LARGEST_PICTURE + 1) if length is None else length)
+            if found.st_size > LARGEST_PICTURE:
+                raise BadRecord(id, TOO_LARGE)
+            return opened.read(length)
     except ValueError as error:  # a NUL in the name
         raise BadRecord(id, f"not a file name: {error}") from error
     except OSError as error:
