@@ -11,7 +11,7 @@ was stopped, or killed, in the middle of it leaves the same files as one that wa
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -149,7 +149,7 @@ class Loop:
         if self.progress.skipped_in_a_row + 1 >= self.max_skipped_in_a_row:
             self.progress.flush()
         if self.progress.skipped_in_a_row >= self.max_skipped_in_a_row:
-            raise self.diverged(state.replace(step=state.step - 1), batch, step, metrics)  # nothing else has changed
+            raise self.diverged(replace(state, step=state.step - 1), batch, step, metrics)  # nothing else has changed
         self.status.done(step, self.progress.productive)
         return state
 
