@@ -11,6 +11,7 @@
 =====  =======================================  =====  ==============================================
 """
 
+import _thread
 import argparse
 import contextlib
 import errno
@@ -21,11 +22,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dit_jax import processes
 from dit_jax.errors import SIGNALS, ConfigError, PreemptedError, UserError, WorkdirError
@@ -34,6 +37,7 @@ from dit_jax.processes import Place
 INTERNAL = 1
 OUT_OF_MEMORY = 6
 INTERRUPTED = 130
+INSIST_EVERY = 0.5  # seconds after which what a signal raised is raised again, if it is lost
 # What a full disk is called by the system and by tensorstore, whose messages begin with RESOURCE_EXHAUSTED too.
 DISK_FULL = ("No space left", "os_error_code='28'", "Disk quota")
 
@@ -42,11 +46,53 @@ class _Told(BaseException):
     """A scheduler's signal, by its name; no error, so that nothing on the way takes it for one."""
 
 
-def _end_program(number: int, _: Any) -> None:
-    """The first signal ends the program, which closes what is open; one more ends it where it is."""
-    for each in SIGNALS:
-        signal.signal(each, lambda number, _: os._exit(128 + number))
-    raise KeyboardInterrupt if number == signal.SIGINT else _Told(signal.Signals(number).name)
+class _Ending:
+    """How signals end a program: the first one lets it close what is open, one more ends it where it is.
+
+    The first raises an exception. Callbacks of libraries lose exceptions now and then, so that it is raised again until
+    it is on its way; and what is being imported makes an ImportError of it, so that `told` is kept.
+
+    Attributes:
+      told: what was raised; None before the first signal.
+      over: whether the program is through with what it does, and only says how it ended.
+    """
+
+    def __init__(self) -> None:
+        self.told: BaseException | None = None
+        self.over = self._insists = False
+
+    def __call__(self, number: int, _: Any) -> None:
+        """The handler."""
+        if self.told is None:
+            self.told = KeyboardInterrupt() if number == signal.SIGINT else _Told(signal.Signals(number).name)
+            _thread.start_new_thread(self._insist, (number,))  # takes no lock that this thread may hold
+            raise self.told
+        if not self._insists:
+            os._exit(128 + number)
+        self._insists = False
+        if not self.over and not _is_handled(self.told):
+            raise self.told
+
+    def _insist(self, number: int) -> None:
+        """Have the handler called again and again; once a run's own handler is there (`Stop`), that one, once."""
+        ours = True
+        while ours:
+            time.sleep(INSIST_EVERY)
+            ours = self._insists = signal.getsignal(number) == self
+            if self.over:
+                return
+            if hasattr(signal, "pthread_kill"):  # Windows has none, and waits until what blocks is over
+                signal.pthread_kill(threading.main_thread().ident or 0, number)
+            else:
+                _thread.interrupt_main(signal.Signals(number))
+
+
+def _is_handled(error: BaseException) -> bool:
+    """Whether this thread is in an ``except``, ``finally`` or ``__exit__`` because of an exception."""
+    handled = sys.exception()
+    while handled is not None and handled is not error:
+        handled = handled.__context__
+    return handled is error
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -85,19 +131,23 @@ def run_program(main: Callable[[], None], show_traceback: bool, less_memory: str
 
     ``less_memory`` is what the user of this program can do when the device's memory is not enough.
     """
-    before = {number: signal.signal(number, _end_program) for number in SIGNALS}
+    ending = _Ending()
+    before = {number: signal.signal(number, ending) for number in SIGNALS}
     try:
-        main()
-        processes.finish()
+        try:
+            main()
+            processes.finish()
+        finally:
+            ending.over = True
     except UserError as error:
         _end(f"{error.kind}: {error}", error.exit_code, show_traceback, error.of_all)
     except KeyboardInterrupt as error:
-        agreed = bool(str(error))  # by `dit_jax.training.stop`, which says where the run stands
-        _end_at_once(": ".join(filter(None, ["interrupted", str(error)])), INTERRUPTED, show_traceback, agreed)
+        _end_told(error, show_traceback)
     except _Told as told:
-        line = f"{PreemptedError.kind}: {told}; what was done is kept, the same command goes on"
-        _end_at_once(line, PreemptedError.exit_code, show_traceback, False)
+        _end_told(told, show_traceback)
     except Exception as error:
+        if ending.told is not None:
+            _end_told(ending.told, show_traceback)
         processes.blame(error)
         said = str(error)
         if any(sign in said for sign in DISK_FULL):
@@ -133,7 +183,7 @@ def _end(line: str, code: int, show_traceback: bool, of_all: bool) -> None:
     sys.exit(code)
 
 
-def _end_at_once(line: str, code: int, show_traceback: bool, of_all: bool) -> None:
+def _end_at_once(line: str, code: int, show_traceback: bool, of_all: bool) -> NoReturn:
     """All that was open is closed; threads of XLA, which may compile still, must not see the process taken apart."""
     _say_end(line, show_traceback)
     if of_all:
@@ -141,6 +191,15 @@ def _end_at_once(line: str, code: int, show_traceback: bool, of_all: bool) -> No
     processes.leave(line, code)
     sys.stdout.flush()
     os._exit(code)
+
+
+def _end_told(told: BaseException, show_traceback: bool) -> NoReturn:
+    """The program ends because of a signal."""
+    if isinstance(told, KeyboardInterrupt):
+        agreed = bool(str(told))  # by `dit_jax.training.stop`, which says where the run stands
+        _end_at_once(": ".join(filter(None, ["interrupted", str(told)])), INTERRUPTED, show_traceback, agreed)
+    line = f"{PreemptedError.kind}: {told}; what was done is kept, the same command goes on"
+    _end_at_once(line, PreemptedError.exit_code, show_traceback, False)
 
 
 def _say_end(line: str, show_traceback: bool) -> None:

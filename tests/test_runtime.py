@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -95,6 +96,49 @@ def test_a_signal_ends_a_program_that_closes_what_is_open_and_a_second_one_at_on
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout) == (code, "closed\n" if closes else "")
     assert done.stderr.startswith(says) and done.stderr.count("\n") == bool(says)
+
+
+LOSING = """
+import signal, time
+from dit_jax.runtime import run_program
+from dit_jax.training.stop import Stop
+
+def lost():
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except BaseException:
+        {instead}
+
+def main():
+    lost()
+    try:
+        {then}
+    finally:
+        time.sleep(1.5)  # so long that it would be raised again twice
+        print("closed")
+
+run_program(main, False, "")
+"""
+
+
+@pytest.mark.parametrize(
+    ("instead", "then", "says"),
+    [
+        ("pass", "time.sleep(30)", "preempted: SIGTERM; what was done is kept"),
+        ("raise ImportError('an extension did not load')", "pass", "preempted: SIGTERM; what was done is kept"),
+        (
+            "pass",
+            "with Stop(None, None) as stop: time.sleep(2); stop.agreed() and stop.end(7)",
+            "preempted: SIGTERM: step 7 is saved",
+        ),
+    ],
+)
+def test_a_signal_whose_exception_a_library_loses_ends_the_program_all_the_same(instead, then, says):
+    program = LOSING.format(instead=instead, then=then)
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75 and done.stderr.startswith(says) and done.stderr.count("\n") == 1, done.stderr
+    assert done.stdout == ("" if "raise" in instead else "closed\n") and time.monotonic() - begin < 20
 
 
 def test_writes_of_a_failed_save_that_nobody_waits_for_are_not_shown():

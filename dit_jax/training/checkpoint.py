@@ -24,7 +24,16 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSt
 from dit_jax import processes, stores
 from dit_jax.errors import CheckpointError, WorkdirError
 from dit_jax.training import formats, manifest
-from dit_jax.training.saved_steps import FORMAT, ITEMS, TREES, restore_metadata, steps_of, unfinished, verify
+from dit_jax.training.saved_steps import (
+    FORMAT,
+    ITEMS,
+    TREES,
+    half_deleted,
+    restore_metadata,
+    steps_of,
+    unfinished,
+    verify,
+)
 from dit_jax.training.state import TrainState
 from dit_jax.trees import mismatches, named_leaves
 
@@ -48,7 +57,7 @@ class Commit(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run, to which it saves; nobody else writes there.
 
-    What an earlier process did not finish is removed.
+    What an earlier process did not finish is removed: a save, or the deletion of a step that need not be kept.
 
     Args:
       directory: ``<workdir>/checkpoints``.
@@ -63,7 +72,7 @@ class Checkpoints:
         self.directory = stores.absolute(directory)
         self._before_commit = before_commit
         if processes.is_first():
-            for left in unfinished(self.directory):
+            for left in [*unfinished(self.directory), *half_deleted(self.directory, keep_latest, keep_every)]:
                 stores.remove(left)
         processes.barrier()
         # the whole policy is written out: Orbax drops recency when only a part of it is given

@@ -73,6 +73,14 @@ def unfinished(directory: Path) -> list[Path]:
     return [directory / name for name in sorted(names - whole) if name.isdigit()]
 
 
+def half_deleted(directory: Path, keep_latest: int, keep_every: int) -> list[Path]:
+    """Steps that a process began to delete: not all of it is there any more, and it is not one that is kept."""
+    steps = steps_of(directory)
+    kept = {*steps[-keep_latest:], *(step for step in steps if keep_every and step % keep_every == 0)}
+    problems = {step: verify(directory, step, "fast", ITEMS).problems for step in steps if step not in kept}
+    return [directory / str(step) for step, found in problems.items() if found]
+
+
 def verify(directory: Path, step: int, how: str, items: Sequence[str]) -> Report:
     """Compare items of a step with its manifest; ``how`` is as `manifest.verify` takes it."""
     folder = directory / str(step)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dit_jax.training.saved_steps import UNFINISHED
+from dit_jax.training.saved_steps import ITEMS, UNFINISHED, verify
 from tests.soak.program import Plan, Program, incomplete
 from tests.soak.strikes import Strike
 from tests.test_train import assert_same_run
@@ -103,6 +103,12 @@ class Survivor:
         """The same, and compare it with a run that nobody struck."""
         assert_same_run(other, self.ends(), self._plan.total)
         assert _files(self.workdir) == _files(other)
+        names = {path.name for path in (self.workdir / "checkpoints").iterdir()}
+        assert names >= {
+            path.name for path in (other / "checkpoints").iterdir()
+        }  # one more where it was not deleted yet
+        for name in names:
+            assert not verify(self.workdir / "checkpoints", int(name), "full", ITEMS).problems, name
         assert json.loads((self.workdir / "STATUS.json").read_text())["state"] == "done"
 
     def start(self) -> Program:
@@ -121,13 +127,13 @@ class Survivor:
 
 
 def _files(workdir: Path) -> dict[str, bytes]:
-    """What lies in a workdir; with its bytes, where they are to be the same in every life of a run."""
+    """What lies in a workdir beside checkpoints and events; with its bytes where every life of a run has the same."""
     found = {}
     for path in sorted(workdir.rglob("*")):
         name = path.relative_to(workdir).as_posix()
         if path.is_file() and not name.startswith(("checkpoints/", "tb/")):
             found[name] = b"" if name in ("timing.jsonl", "STATUS.json") else path.read_bytes()
-    return found | {f"checkpoints/{path.name}": b"" for path in (workdir / "checkpoints").iterdir()}
+    return found
 
 
 def summary(outcomes: Sequence[Outcome], starts: int, seed: int) -> str:

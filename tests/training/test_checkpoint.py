@@ -310,6 +310,17 @@ def test_what_an_earlier_process_did_not_finish_is_removed(steps):
         save(checkpoints, make_state(8))
 
 
+def test_a_step_whose_deletion_was_not_finished_is_removed_and_what_is_kept_is_not(steps):
+    for step in ("5", "7"):
+        shutil.copytree(steps / "6", steps / step, dirs_exist_ok=True)
+        (steps / step / "ema" / "_METADATA").unlink()
+    shutil.copytree(steps / "6", steps / "3")
+    with contextlib.closing(Checkpoints(steps, keep_latest=2, keep_every=4)):
+        assert steps_of(steps) == [3, 4, 6, 7]  # 3 is whole: not ours to judge; 7 is damaged, and one of the newest
+    with contextlib.closing(Checkpoints(steps, keep_latest=2, keep_every=4)) as checkpoints:
+        save(checkpoints, make_state(8))
+
+
 def fail(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
