@@ -103,7 +103,8 @@ def start(place: Place, patience: float = PATIENCE) -> None:
         return
     import jax
 
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    if hasattr(jax.config, "jax_enable_preemption_service"):  # older ones have no such option
+        jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     jax.config.update("jax_enable_recoverability", True)  # that one is lost is for `Vigil` to say
     late = threading.Timer(patience, _never_began, (place, patience))
     late.daemon = True

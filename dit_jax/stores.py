@@ -28,8 +28,10 @@ def folder_of(text: str) -> Path:
                 f"{text} is neither {SCHEME}bucket/folder nor a folder here; mount it, and name the folder"
             )
         return Path(text).expanduser()
+    import fsspec
     from etils import epath
 
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False  # arrays are written past them
     return cast(Path, epath.Path(text))
 
 
@@ -117,9 +119,9 @@ def _reaching(path: Path) -> Iterator[None]:
 
 
 def _bucket() -> Any:
-    """The file system of buckets. It keeps no listings: arrays are written past it."""
+    """The file system of buckets."""
     if importlib.util.find_spec("gcsfs") is None:
         raise ConfigError(f"{SCHEME} needs gcsfs: pip install 'dit_jax[gcs]'")
     import fsspec
 
-    return fsspec.filesystem("gcs", use_listings_cache=False)
+    return fsspec.filesystem("gcs")

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import itertools
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -51,6 +52,7 @@ from dit_jax.training.checkpoint import Checkpoints
 from dit_jax.training.divergence import block_norms, write_report
 from dit_jax.training.loop import Due, Duty, Loop
 from dit_jax.training.progress import Progress, describe_bad
+from dit_jax.training.room import check_room
 from dit_jax.training.saved_steps import ITEMS, newest_whole, restore_metadata, set_aside
 from dit_jax.training.state import TrainState, abstract_state, init_state
 from dit_jax.training.status import Status
@@ -129,13 +131,16 @@ def train(config: ConfigDict, workdir: Workdir, watch: Watch | None) -> TrainSta
         checkpoints.close()
         status.settle()
         return None
+    side = config.data.image_size // vae.factor
+    shapes = abstract_state(model, optimizer, side, side, mesh)
+    saves = [step for step in range(start + 1, stop + 1) if step == stop or due.saves(step)]
+    notes += check_room(checkpoints.directory, shapes, saves, config.keep_latest, config.keep_every)
     for note in notes:
         say(f"warning: {note}")
 
     # ---- state, data, step
-    side = config.data.image_size // vae.factor
     if start:
-        state = checkpoints.restore(start, abstract_state(model, optimizer, side, side, mesh))
+        state = checkpoints.restore(start, shapes)
     else:
         state = init_state(model, optimizer, jax.random.key(config.seed), side, side, mesh)
         if config.init_from:
@@ -230,6 +235,8 @@ def open_checkpoints(config: ConfigDict, workdir: Workdir, identity: dict[str, s
             workdir.folder.mkdir(parents=True, exist_ok=True)
             for report in damaged:
                 say(f"warning: checkpoint: {report}; set aside as {set_aside(directory, report.step)}")
+            with tempfile.TemporaryFile(dir=workdir.folder):
+                pass  # a folder that cannot be written to is told now, and not when the data are encoded
         return Checkpoints(directory, config.keep_latest, config.keep_every, before_commit=workdir.bring)
 
 

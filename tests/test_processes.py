@@ -234,6 +234,42 @@ runtime.run_program(main, False, "")
 # --- other numbers of devices -------------------------------------------------------------------------------
 
 
+def test_a_checkpoint_goes_from_eight_devices_to_one_and_to_four(tmp_path):
+    """Every restored number is the one that was saved, and every loss that of one device, with accumulation too."""
+    program = f"""
+import jax, numpy as np
+from pathlib import Path
+from dit_jax.sharding import make_mesh, put_batch, replicated, with_sharding
+from dit_jax.training.checkpoint import Checkpoints
+from tests.toy import Toy
+from tests.toy_step import make_batch, make_state, make_step
+toy = Toy(dropout=0.0)
+checkpoints = Checkpoints(Path({str(tmp_path)!r}), 9, 0)
+batch = {{key: np.tile(a, (4, *[1] * (a.ndim - 1))) for key, a in make_batch(toy).items()}}
+step = make_step(toy, accumulate=2)
+state = alone = make_state(toy, step)
+on_one = jax.jit(step)
+for count in (8, 1, 4):
+    mesh = make_mesh(jax.devices()[:count])
+    if count == 8:
+        state = jax.device_put(state, replicated(mesh))
+    else:
+        saved, state = state, checkpoints.restore(int(state.step), with_sharding(state, replicated(mesh)))
+        for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(saved), strict=True):
+            assert len(ours.sharding.device_set) == count
+            np.testing.assert_array_equal(ours, theirs)
+    state, metrics = jax.jit(step)(state, put_batch(batch, mesh))
+    alone, expected = on_one(alone, batch)
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
+    checkpoints.save(state, {{}})
+    checkpoints.wait()
+assert int(state.step) == 103
+"""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True, timeout=LONG)
+
+
+@pytest.mark.slow
 def test_a_run_goes_from_eight_devices_to_one_and_to_four(tiny_run, tmp_path):
     """Every restored number is the one that was saved, and the losses are those of two devices."""
     program = f"""
