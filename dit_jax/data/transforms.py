@@ -101,7 +101,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _too_many_pixels() -> PictureError:
-    """The same however many there are and whether or not Pillow's warnings are errors: reasons are alike on every run."""
+    """The same whoever counts them, Pillow or we, so that reasons are alike on every run."""
     return PictureError(f"too many pixels: more than the limit of {Image.MAX_IMAGE_PIXELS:,} (a decompression bomb?)")
 
 
