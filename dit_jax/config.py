@@ -16,7 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dit_jax import foreign
+from dit_jax import files
 from dit_jax.errors import CheckpointError, ConfigError
 
 SECTIONS = ("latents", "data", "diffusion", "model", "sample")
@@ -226,7 +226,7 @@ def _is(value: Any, kind: type) -> bool:
 def _read_object(path: Path) -> dict[str, Any]:
     """The object of a JSON file; empty if the file holds something else."""
     try:
-        found = foreign.read_json(path)
+        found = files.read_json(path)
     except ValueError as error:
         raise ConfigError(f"{path} is not a config: {error}") from error
     return found if isinstance(found, dict) else {}

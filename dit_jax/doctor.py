@@ -23,7 +23,7 @@ from pathlib import Path
 
 import dit_jax
 from dit_jax.errors import CheckpointError
-from dit_jax.foreign import read_rows
+from dit_jax.files import read_rows
 from dit_jax.runtime import (
     compile_cache,
     git_commit,

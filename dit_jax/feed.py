@@ -62,12 +62,12 @@ class Feed(NamedTuple):
     Attributes:
       batches: (first step, last step, rows of a batch) -> these rows of the encoded batches of the steps between; the
         first step of a run is 0 here. Each of several processes reads its own rows (`processes.own_rows`).
-      records: step -> the records of its whole batch, int64 ``[B]``, places in the source.
+      records: steps -> the ids of the records of each one's whole batch.
       grids: the latent grids ``(h, w)`` that batches have: one per bucket that has records.
     """
 
     batches: Batches
-    records: Callable[[int], np.ndarray]
+    records: Callable[[range], dict[int, list[str]]]
     grids: list[tuple[int, int]]
 
 
@@ -143,7 +143,12 @@ def open_feed(
         fill_latents(config, vae, encoded_batches, len(source))
     say_start_check(config, encoded_batches, images, vae, preview, say)
     grids = [tuple(side // vae.factor for side in shapes[bucket]) for bucket in order.used]
-    return Feed(encoded_batches, records, grids)
+
+    def ids(steps: range) -> dict[int, list[str]]:
+        names = list(source.ids())
+        return {step: [names[index] for index in records(step - 1)] for step in steps}
+
+    return Feed(encoded_batches, ids, grids)
 
 
 def open_validation(

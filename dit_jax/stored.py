@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dit_jax import build, foreign, stores
+from dit_jax import build, files, stores
 from dit_jax.config import TRAINED, flatten, read_run
 from dit_jax.encoders import places
 from dit_jax.errors import CheckpointError, ConfigError
@@ -199,7 +199,7 @@ def _verified(directory: Path, step: int | None, parameters: str, config: Config
 
 def _read_trained(path: Path) -> Trained | None:
     """What an export says of its parameters; None of a run, which says it in every checkpoint."""
-    found = foreign.read_json(path).get(TRAINED)
+    found = files.read_json(path).get(TRAINED)
     if found is None:
         return None
     kinds: dict[str, Any] = {field.name: field.type for field in fields(Trained)}

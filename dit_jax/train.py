@@ -10,7 +10,6 @@ as a run that was never interrupted.
 """
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import platform
@@ -28,20 +27,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from PIL import Image
 
 import dit_jax
 from dit_jax import build, processes
 from dit_jax.config import is_export, take_over, to_json
 from dit_jax.data.ahead import ahead
-from dit_jax.data.cache.gather import Cache
-from dit_jax.data.sources.records import Source
-from dit_jax.drawing.pictures import make_grid, save_png
 from dit_jax.drawing.pipeline import Pipeline
+from dit_jax.duties import Due, draw_samples, is_drawn, is_scored, score
 from dit_jax.encoders import VAE, TextEncoder
-from dit_jax.errors import ConfigError, DivergedError, FetchError
+from dit_jax.errors import ConfigError, FetchError
 from dit_jax.feed import open_feed, open_validation
-from dit_jax.foreign import write_whole
+from dit_jax.files import write_whole
 from dit_jax.models.flops import peak_flops, training_flops
 from dit_jax.resolve import resolve
 from dit_jax.runtime import git_commit, writable
@@ -49,18 +45,17 @@ from dit_jax.sharding import make_mesh, put_batch
 from dit_jax.stored import Trained, begin_from, open_origin
 from dit_jax.stores import folder_of
 from dit_jax.training.checkpoint import Checkpoints
-from dit_jax.training.divergence import block_norms, write_report
-from dit_jax.training.loop import Due, Duty, Loop
-from dit_jax.training.progress import Progress, describe_bad
+from dit_jax.training.divergence import diverged
+from dit_jax.training.loop import Duty, Loop
+from dit_jax.training.progress import Progress
 from dit_jax.training.room import check_room
 from dit_jax.training.saved_steps import ITEMS, newest_whole, restore_metadata, set_aside
 from dit_jax.training.state import TrainState, abstract_state, init_state
 from dit_jax.training.status import Status
 from dit_jax.training.step import TrainStep
 from dit_jax.training.stop import Stop
-from dit_jax.training.validation import NAME, Validation, as_row, in_words
 from dit_jax.training.watchdog import Watchdog
-from dit_jax.training.writer import Silent, Watch, Writer, has_row
+from dit_jax.training.writer import Silent, Watch, Writer
 from dit_jax.trees import count_parameters
 from dit_jax.workdir import Workdir, open_workdir
 
@@ -170,7 +165,6 @@ def train(config: ConfigDict, workdir: Workdir, watch: Watch | None) -> TrainSta
         prompts = config.sample.prompts or tuple(
             captions[0] for captions in itertools.islice(filter(None, source.captions()), GRID)
         )
-        draw = functools.partial(draw_samples, pipeline, prompts, workdir, writer)
         mine = feed.batches(start, stop, processes.own_rows(config.batch_size))
         on_devices = (put_batch(batch, mesh) for batch in mine)
         with closing(ahead(on_devices, AHEAD, config.data.patience, config.data.source)) as coming:
@@ -187,9 +181,9 @@ def train(config: ConfigDict, workdir: Workdir, watch: Watch | None) -> TrainSta
                 loop = Loop(
                     train_steps=train_steps,
                     batches=batches,
-                    due=due,
-                    validate=Duty(functools.partial(score, validation, writer), scored),
-                    draw=Duty(functools.partial(draw_by_first, draw), drawn),
+                    saves=due.saves,
+                    validate=Duty(due.validates, scored, functools.partial(score, validation, writer)),
+                    draw=Duty(due.samples, drawn, functools.partial(draw_samples, pipeline, prompts, workdir, writer)),
                     checkpoints=checkpoints,
                     metadata=describe(config, identity, mesh),
                     progress=progress,
@@ -197,7 +191,7 @@ def train(config: ConfigDict, workdir: Workdir, watch: Watch | None) -> TrainSta
                     stop=told,
                     watchdog=watchdog,
                     max_skipped_in_a_row=config.max_skipped_in_a_row,
-                    diverged=functools.partial(diverged, step_function, feed.records, source, workdir),
+                    diverged=functools.partial(diverged, step_function, feed.records, workdir.folder),
                 )
                 state = loop.run(state, range(start + 1, stop + 1))
     say(f"done: step {stop} of {config.total_steps}")
@@ -322,73 +316,6 @@ def compile_steps(
     processes.barrier()
     say(f"compiled the train step in {time.monotonic() - begin:.1f} s")
     return compiled
-
-
-def score(validation: Validation | None, writer: Writer, params: Any, step: int) -> str:
-    """Score these parameters on the records that are set aside; write the row and return it in words."""
-    assert validation, "nothing is due where there is nothing to validate on"
-    begin = time.monotonic()
-    errors = validation(params)
-    writer.metrics(step, as_row(errors))
-    return f"validation step={step} {in_words(errors)} in {time.monotonic() - begin:.1f} s"
-
-
-def is_scored(workdir: Path, step: int) -> bool:
-    """Whether the parameters of a step were validated."""
-    return processes.of_first(has_row(workdir / "metrics.jsonl", step, NAME))
-
-
-def draw_by_first(draw: Callable[[Any, int], str], params: Any, step: int) -> str:
-    """The first process draws, with its own copy of the parameters; the others wait."""
-    said = draw(processes.own_copy(params), step) if processes.is_first() else ""
-    processes.barrier()
-    return said
-
-
-def draw_samples(
-    pipeline: Pipeline, prompts: Sequence[str], workdir: Workdir, writer: Writer, params: Any, step: int
-) -> str:
-    """Draw the fixed prompts with fixed noise and these parameters; write a grid, and show it on TensorBoard."""
-    pipeline.params, pipeline.trained = params, dataclasses.replace(pipeline.trained, step=step)
-    pixels = pipeline.draw(prompts, range(len(prompts)))
-    grid = make_grid([Image.fromarray(p) for p in pixels], columns=min(len(prompts), 4))
-    path = workdir.folder / grid_of(step)
-    path.parent.mkdir(exist_ok=True)
-    save_png(grid, path, {"prompt": "\n".join(prompts), "seed": f"0 to {len(prompts) - 1}", "step": str(step)})
-    writer.image(step, "samples", np.asarray(grid))
-    return f"samples of step {step}: {workdir.place / grid_of(step)}"
-
-
-def is_drawn(workdir: Workdir, step: int) -> bool:
-    """Whether the grid of a step is there."""
-    return processes.of_first(workdir.has(grid_of(step)))
-
-
-def grid_of(step: int) -> str:
-    """Where the grid of a step lies in the workdir."""
-    return f"samples/{step:08d}.png"
-
-
-def diverged(
-    step_function: TrainStep,
-    records: Callable[[int], np.ndarray],
-    source: Source | Cache,
-    workdir: Workdir,
-    state: TrainState,
-    batch: dict[str, jax.Array],
-    step: int,
-    metrics: dict[str, jax.Array],
-) -> DivergedError:
-    """Keep what is known of a run that has diverged (`dit_jax.training.divergence`); returns what ends it."""
-    row = int(metrics["skipped_in_a_row"])
-    names = list(source.ids())
-    bad = {s: [names[index] for index in records(s - 1)] for s in range(step - row + 1, step + 1)}
-    path = write_report(workdir.folder, step, metrics, bad, block_norms(step_function, state, batch))
-    path = workdir.place / path.relative_to(workdir.folder)
-    return DivergedError(
-        f"{describe_bad(metrics)} at step {step}, and {row} steps in a row were not finite (max_skipped_in_a_row); the"
-        f" last that is saved is of before. Records and norms: {path}. Lower learning_rate, or look at the data"
-    )
 
 
 def say(line: str) -> None:

@@ -17,13 +17,13 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "dit_jax"
 
-LEAVES = {"arrays", "trees", "sharding", "errors", "foreign", "stores", "processes", "vigil"}  # layer 0
+LEAVES = {"arrays", "trees", "sharding", "errors", "files", "stores", "processes", "vigil"}  # layer 0
 LIBRARIES = {"diffusion", "models", "encoders", "data"}  # layer 1: do not know each other
 ROOMS = {"training", "metrics"}  # layer 2
 # layer 4
 PROGRAMS = {"sample", "evaluate", "train", "dry_run", "precompute", "export", "serve", "doctor", "bench", "__main__"}
 # layer 3
-MIDDLE = {"config", "resolve", "build", "feed", "stored", "drawing", "runtime", "workdir"}
+MIDDLE = {"config", "resolve", "build", "feed", "stored", "drawing", "runtime", "workdir", "duties"}
 BELOW_PROGRAMS = LEAVES | LIBRARIES | ROOMS | MIDDLE
 
 MAY_IMPORT = {
@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "drawing": LEAVES | LIBRARIES | {"config", "resolve", "build", "stored"},  # prompts in, pictures out
     "runtime": LEAVES,  # how programs start and end
     "workdir": LEAVES,  # where a run lies
+    "duties": LEAVES | {"training", "drawing", "workdir"},  # what a run does beside its steps
     **{program: BELOW_PROGRAMS | {"sample"} for program in PROGRAMS},
     "train": BELOW_PROGRAMS | {"evaluate"},
     "main": PROGRAMS | {"config", "runtime", "errors", "processes", "stores"},

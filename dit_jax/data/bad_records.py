@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dit_jax.errors import DataError
-from dit_jax.foreign import read_rows
+from dit_jax.files import read_rows
 
 
 class Replaced(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from dit_jax.foreign import read_bounded, read_json
+from dit_jax.files import read_bounded, read_json
 
 LongPrompt = Literal["truncate", "error", "chunk"]
 

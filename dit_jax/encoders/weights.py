@@ -24,7 +24,7 @@ import numpy as np
 from flax import serialization, traverse_util
 from safetensors import SafetensorError, safe_open
 
-from dit_jax import foreign
+from dit_jax import files
 
 Tree = dict[str, Any]
 
@@ -72,7 +72,7 @@ def read_json(path: Path) -> dict[str, Any]:
       ValueError: the file holds no JSON, or something else than an object.
     """
     try:
-        found = foreign.read_json(path)
+        found = files.read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(found, dict):

@@ -12,7 +12,7 @@ Numbers that are not finite are null.
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ import numpy as np
 
 from dit_jax import processes
 from dit_jax.arrays import Array
-from dit_jax.foreign import write_whole
+from dit_jax.errors import DivergedError
+from dit_jax.files import write_whole
+from dit_jax.training.progress import describe_bad
 from dit_jax.training.state import TrainState
 from dit_jax.training.step import Batch, TrainStep
 from dit_jax.trees import named_leaves
@@ -57,22 +59,39 @@ def block_norms(step: TrainStep, state: TrainState, batch: Batch) -> dict[str, d
     }
 
 
-def write_report(
+def diverged(
+    step: TrainStep,
+    records: Callable[[range], dict[int, list[str]]],
     workdir: Path,
-    step: int,
-    metrics: Mapping[str, Any],
-    records: Mapping[int, Sequence[str]],
-    norms: dict[str, dict[str, float]],
-) -> Path:
-    """Write all that is kept; returns where. Of several processes the first writes."""
-    path = workdir / FOLDER / f"{step:08d}.json"
-    if not processes.is_first():
-        return path
-    path.parent.mkdir(exist_ok=True)
+    state: TrainState,
+    batch: Batch,
+    number: int,
+    metrics: Mapping[str, Array],
+) -> DivergedError:
+    """Write all that is kept; returns what ends the run.
+
+    Args:
+      step: computes the gradient.
+      records: steps -> the ids of the records of each one's batch.
+      workdir: the run's folder.
+      state: before the last bad step.
+      batch: of that step.
+      number: of that step.
+      metrics: of that step.
+    """
+    norms = block_norms(step, state, batch)
     row = {name: np.asarray(value).item() for name, value in metrics.items()}
-    report = {"step": step, **row, "records": {str(s): list(ids) for s, ids in records.items()}, "norms": norms}
-    write_whole(path, json.dumps(_finite(report), indent=2) + "\n")
-    return path
+    length = row["skipped_in_a_row"]
+    bad = records(range(number - length + 1, number + 1))
+    path = workdir / FOLDER / f"{number:08d}.json"
+    if processes.is_first():
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, json.dumps(_finite({"step": number, **row, "records": bad, "norms": norms}), indent=2) + "\n")
+    return DivergedError(
+        f"{describe_bad(row)} at step {number}, and {length} steps in a row were not finite (max_skipped_in_a_row);"
+        f" what is saved is of before. Records and norms: {path.relative_to(workdir)} in the workdir."
+        " Lower learning_rate, or look at the data"
+    )
 
 
 def _finite(value: Any) -> Any:

@@ -12,7 +12,7 @@ was stopped, or killed, in the middle of it leaves the same files as one that wa
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -26,38 +26,23 @@ from dit_jax.training.watchdog import Watchdog
 Batch = dict[str, jax.Array]
 
 
-class Due(NamedTuple):
-    """What is due when: every so many steps, 0 for never, and at the last step of the run too."""
-
-    save_every: int
-    validate_every: int
-    sample_every: int
-    total_steps: int
-
-    def saves(self, step: int) -> bool:
-        """Whether the state is saved after a step, even if the run goes on."""
-        return _is_multiple(step, self.save_every)
-
-    def validates(self, step: int) -> bool:
-        """Whether a step is followed by a validation."""
-        return self.validate_every > 0 and (step == self.total_steps or _is_multiple(step, self.validate_every))
-
-    def samples(self, step: int) -> bool:
-        """Whether a step is followed by a grid of samples."""
-        return self.sample_every > 0 and (step == self.total_steps or _is_multiple(step, self.sample_every))
-
-
 @dataclass(frozen=True)
 class Duty:
-    """Something that is due at some steps, beside training.
+    """Something that belongs to some steps, beside training.
 
     Attributes:
-      perform: parameters and step -> what to say of it.
+      due: whether it belongs to a step.
       performed: whether it was done at a step, perhaps by an earlier process.
+      perform: parameters and step -> what to say of it.
     """
 
-    perform: Callable[[Any, int], str]
+    due: Callable[[int], bool]
     performed: Callable[[int], bool]
+    perform: Callable[[Any, int], str]
+
+    def owed(self, step: int) -> bool:
+        """Whether it belongs to a step and was not done."""
+        return self.due(step) and not self.performed(step)
 
 
 @dataclass(frozen=True)
@@ -67,8 +52,8 @@ class Loop:
     Attributes:
       train_steps: by the latent grid of a batch; state and batch -> state and metrics.
       batches: one a step, on the devices.
-      due: what is due when.
-      validate, draw: what then happens.
+      saves: whether the state is saved after a step although the run goes on.
+      validate, draw: what else belongs to some steps.
       checkpoints: where the state is saved.
       metadata: saved with every checkpoint.
       progress, status: what is said of the run.
@@ -80,7 +65,7 @@ class Loop:
 
     train_steps: Mapping[tuple[int, ...], Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]]
     batches: Iterator[Batch]
-    due: Due
+    saves: Callable[[int], bool]
     validate: Duty
     draw: Duty
     checkpoints: Checkpoints
@@ -106,18 +91,20 @@ class Loop:
         self.progress.restart()
         step = steps.start - 1
         if step:
-            self._perform(self.validate, state, step, self._owes_validation(step))
-            self._perform(self.draw, state, step, self._owes_samples(step))
+            for duty in (self.validate, self.draw):
+                if duty.owed(step):
+                    self._perform(duty, state, step)
             if self._owes(step):  # a signal broke it off; who goes on from a later step would not look for it
                 self.stop.end(step)
         for step in steps:
             state = self._step(state, step)
-            # before the step is saved: how good it is decides how long it is kept
-            self._perform(self.validate, state, step, self.due.validates(step))
-            saved = step == steps[-1] or (self.due.saves(step) and not self._was_skipped(step))
+            if self.validate.due(step):  # before it is saved: how good a step is decides how long it is kept
+                self._perform(self.validate, state, step)
+            saved = step == steps[-1] or (self.saves(step) and not self._was_skipped(step))
             if saved:
                 self._save(state, step)
-            self._perform(self.draw, state, step, self.due.samples(step))
+            if self.draw.due(step):
+                self._perform(self.draw, state, step)
             self._report(self.checkpoints.committed())
             if self.stop.agreed():
                 if not saved:
@@ -130,15 +117,8 @@ class Loop:
             self.stop.end(step)
         return state
 
-    def _owes_validation(self, step: int) -> bool:
-        return self.due.validates(step) and not self.validate.performed(step)
-
-    def _owes_samples(self, step: int) -> bool:
-        return self.due.samples(step) and not self.draw.performed(step)
-
     def _owes(self, step: int) -> bool:
-        """Whether something that belongs to a step is still to be done."""
-        return self._owes_validation(step) or self._owes_samples(step)
+        return self.validate.owed(step) or self.draw.owed(step)
 
     def _step(self, state: TrainState, step: int) -> TrainState:
         self.watchdog.begin(step)
@@ -153,13 +133,12 @@ class Loop:
         self.status.done(step, self.progress.productive)
         return state
 
-    def _perform(self, duty: Duty, state: TrainState, step: int, due: bool) -> None:
-        """Do what is due; a signal breaks it off."""
-        if due:
-            with self._aside():
-                said = self.stop.unless_told(lambda: duty.perform(state.ema, step))
-                if said is not None:
-                    self.progress.say(said)
+    def _perform(self, duty: Duty, state: TrainState, step: int) -> None:
+        """Do what belongs to a step; a signal breaks it off."""
+        with self._aside():
+            said = self.stop.unless_told(lambda: duty.perform(state.ema, step))
+            if said is not None:
+                self.progress.say(said)
 
     def _was_skipped(self, step: int) -> bool:
         """Whether a step is one of a row of bad ones; it need not be saved, as an older one may be deleted for it."""
@@ -183,7 +162,3 @@ class Loop:
         """Time that is not training; every step before it has ended."""
         with self.progress.aside(), self.watchdog.resting():
             yield
-
-
-def _is_multiple(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from dit_jax.foreign import read_bounded
+from dit_jax.files import read_bounded
 from dit_jax.stores import files_of
 
 NAME = "manifest.sha256"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from dit_jax import stores
 from dit_jax.errors import CheckpointError
-from dit_jax.foreign import read_json
+from dit_jax.files import read_json
 from dit_jax.training import manifest
 
 FORMAT = 2  # of what is saved now; `dit_jax.training.formats` reads older ones

@@ -26,7 +26,7 @@ from typing import Any
 
 from dit_jax import processes
 from dit_jax.errors import DivergedError, PreemptedError
-from dit_jax.foreign import read_json, write_whole
+from dit_jax.files import read_json, write_whole
 
 NAME = "STATUS.json"
 EVERY = 5.0  # seconds between two writes of one state

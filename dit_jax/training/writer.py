@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.foreign import read_rows, write_whole
+from dit_jax.files import read_rows, write_whole
 from dit_jax.training.tensorboard import Board
 
 Watch = Callable[[int, dict[str, float] | np.ndarray], None]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_jax import foreign
+from dit_jax import files
 from dit_jax.config import load_config
 from dit_jax.data.cache.files import open_cache, read_manifest, verify
 from dit_jax.data.cache.tensor_files import open_tensors
@@ -99,8 +99,8 @@ def test_json_that_is_deep(tmp_path):
 
 
 def test_files_that_are_larger_than_what_they_should_hold(tmp_path, monkeypatch):
-    monkeypatch.setattr(foreign, "LARGEST", 1000)
-    monkeypatch.setattr(foreign.read_bounded, "__defaults__", (1000,))
+    monkeypatch.setattr(files, "LARGEST", 1000)
+    monkeypatch.setattr(files.read_bounded, "__defaults__", (1000,))
     for name, read in deep_readers(tmp_path):
         if name not in ("captions_x.json", "x.jsonl"):
             (tmp_path / name).write_text(json.dumps({"a": "x" * 2000}))
@@ -145,7 +145,7 @@ def test_lines_and_texts_without_end(tmp_path, monkeypatch):
     (tmp_path / "list.jsonl").write_text(
         f'{{"text": "{"x" * 3000}\n{good}\n{json.dumps({"file_name": "a.png", "text": "y" * 70_000})}'
     )
-    monkeypatch.setattr(foreign.bounded_lines, "__defaults__", (2000,))
+    monkeypatch.setattr(files.bounded_lines, "__defaults__", (2000,))
     said = list(problems(open_manifest("jsonl", str(tmp_path / "list.jsonl"), "", "")))
     assert said == ["a line of more than 16,777,216 bytes", "", "a line of more than 16,777,216 bytes"]
     monkeypatch.undo()

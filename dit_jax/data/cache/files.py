@@ -50,7 +50,7 @@ from dit_jax.data.cache.tensor_files import (
 )
 from dit_jax.data.sources.rows import Strings
 from dit_jax.errors import DataError
-from dit_jax.foreign import read_json
+from dit_jax.files import read_json
 
 FORMAT = 1  # raised when older releases could not read the files any more
 BEGUN, MANIFEST, TABLE, BAD_RECORDS = "begun.json", "manifest.json", "table.safetensors", "bad_records.jsonl"

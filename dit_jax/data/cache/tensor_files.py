@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from dit_jax.errors import DataError
-from dit_jax.foreign import parse_json
+from dit_jax.files import parse_json
 
 PAGE = 4096
 MOST_AXES = 8

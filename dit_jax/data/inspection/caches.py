@@ -11,7 +11,7 @@ from dit_jax.data.cache.tensor_files import readable
 from dit_jax.data.inspection.troubles import Tally, Trouble, bad_records_verdict, enumerate_ids, trouble_lines
 from dit_jax.data.inspection.words import Progress, fit, share_of
 from dit_jax.errors import DataError
-from dit_jax.foreign import parse_json
+from dit_jax.files import parse_json
 
 MIB = 2**20
 

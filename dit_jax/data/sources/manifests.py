@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TextIO
 
 from dit_jax.data.sources.rows import Entry, Files, Listed, Rows, is_utf8, make_entry
 from dit_jax.errors import DataError
-from dit_jax.foreign import LONGEST_LINE, bounded_lines, parse_json
+from dit_jax.files import LONGEST_LINE, bounded_lines, parse_json
 
 IMAGE_COLUMNS = ("file_name", "image", "path", "filename", "filepath", "image_path")
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")

@@ -19,7 +19,7 @@ from dit_jax.data.sources.manifests import Columns, usable_rows
 from dit_jax.data.sources.records import BadRecord
 from dit_jax.data.sources.rows import Entry, Listed, make_entry
 from dit_jax.errors import ConfigError, DataError, FetchError
-from dit_jax.foreign import read_json
+from dit_jax.files import read_json
 
 # name/config:version, but not owner:name, for which TFDS would load code from elsewhere.
 NAME = re.compile(r"\w+(/[\w.+-]+)*(:[\d.*]+)?", re.ASCII)

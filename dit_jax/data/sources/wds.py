@@ -22,7 +22,7 @@ from dit_jax.data.sources.manifests import Columns, usable_rows
 from dit_jax.data.sources.rows import LONGEST_TEXT, Entry, Listed, disk_error, is_utf8, make_entry
 from dit_jax.data.transforms import LARGEST_PICTURE
 from dit_jax.errors import DataError
-from dit_jax.foreign import parse_json
+from dit_jax.files import parse_json
 
 # Folder and name up to the first dot, then all that follows: the rule of the webdataset library.
 KEY_AND_SUFFIX = re.compile(r"((?:.*/)?[^./][^./]*)(\.[^/]*)", re.DOTALL)

@@ -1,7 +1,8 @@
-"""Bytes that somebody else wrote, or a disk changed: read with limits on their size and depth.
+"""How files that describe something are read, with limits on their size and depth, and how they are written whole.
 
-What is too large or too deep is a ValueError in one line, like what is no JSON at all. Nothing is read past a limit, so
-that it costs neither memory nor time, and what is read is never too deep for a function that descends into it.
+Somebody else wrote them, or a disk changed them. What is too large or too deep is a ValueError in one line, like what
+is no JSON at all. Nothing is read past a limit, so that it costs neither memory nor time, and what is read is never too
+deep for a function that descends into it.
 """
 
 import io
