@@ -53,6 +53,7 @@ def get_config() -> ConfigDict:
     c.validate_every = 0  # the error on records that data.validation_fraction sets aside
     c.keep_latest = 2  # newest checkpoints kept
     c.keep_every = 0  # checkpoints at multiples of this are kept for good
+    c.keep_best = 0  # checkpoints kept that have the lowest validation error; needs validate_every
     c.verify_checkpoints = "full"  # before they are used: full, by sha256 | fast: are all files there, and uncut?
     c.wandb_project = ""  # Weights & Biases project (extra: wandb); "" is off
 

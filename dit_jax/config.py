@@ -50,6 +50,7 @@ ADDED = {
     "max_skipped_in_a_row": 10,  # of 1: the first one ended the run
     "stall_patience": 600.0,
     "validate_every": 0,
+    "keep_best": 0,
     "verify_checkpoints": "full",
     "data.storage_dtype": "float32",
     "data.buckets": 0,
@@ -94,6 +95,7 @@ CHANGEABLE = (
     "validate_every",  # but not data.validation_records: all figures of a run are of the same records
     "keep_latest",
     "keep_every",
+    "keep_best",
     "verify_checkpoints",
     "wandb_project",
     "model.remat",

@@ -44,7 +44,7 @@ from dit_jax.runtime import git_commit, writable
 from dit_jax.sharding import make_mesh, put_batch
 from dit_jax.stored import Trained, begin_from, open_origin
 from dit_jax.stores import folder_of
-from dit_jax.training.checkpoint import Checkpoints
+from dit_jax.training.checkpoint import Best, Checkpoints
 from dit_jax.training.divergence import diverged
 from dit_jax.training.loop import Duty, Loop
 from dit_jax.training.progress import Progress
@@ -54,8 +54,9 @@ from dit_jax.training.state import TrainState, abstract_state, init_state
 from dit_jax.training.status import Status
 from dit_jax.training.step import TrainStep
 from dit_jax.training.stop import Stop
+from dit_jax.training.validation import NAME
 from dit_jax.training.watchdog import Watchdog
-from dit_jax.training.writer import Silent, Watch, Writer
+from dit_jax.training.writer import Silent, Watch, Writer, figures
 from dit_jax.trees import count_parameters
 from dit_jax.workdir import Workdir, open_workdir
 
@@ -129,7 +130,8 @@ def train(config: ConfigDict, workdir: Workdir, watch: Watch | None) -> TrainSta
     side = config.data.image_size // vae.factor
     shapes = abstract_state(model, optimizer, side, side, mesh)
     saves = [step for step in range(start + 1, stop + 1) if step == stop or due.saves(step)]
-    notes += check_room(checkpoints.directory, shapes, saves, config.keep_latest, config.keep_every)
+    keeps = config.keep_latest, config.keep_every, config.keep_best
+    notes += check_room(checkpoints.directory, shapes, saves, *keeps)
     for note in notes:
         say(f"warning: {note}")
 
@@ -231,7 +233,8 @@ def open_checkpoints(config: ConfigDict, workdir: Workdir, identity: dict[str, s
                 say(f"warning: checkpoint: {report}; set aside as {set_aside(directory, report.step)}")
             with tempfile.TemporaryFile(dir=workdir.folder):
                 pass  # a folder that cannot be written to is told now, and not when the data are encoded
-        return Checkpoints(directory, config.keep_latest, config.keep_every, before_commit=workdir.bring)
+        best = Best(config.keep_best, functools.partial(figures, workdir.folder / "metrics.jsonl", NAME))
+        return Checkpoints(directory, config.keep_latest, config.keep_every, best, before_commit=workdir.bring)
 
 
 def describe(config: ConfigDict, identity: dict[str, str], mesh: Mesh) -> dict[str, Any]:
