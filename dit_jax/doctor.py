@@ -126,12 +126,16 @@ def print_checkpoints(workdir: Path) -> None:
       CheckpointError: there is none.
     """
     from dit_jax.training.validation import NAME
+    from dit_jax.training.writer import figures
 
     directory, steps = _steps(workdir)
     print(f"{'step':>10}  {'MiB':>8}  {'loss':>8}  {'validation':>10}  files")
+    errors = {step: error for step, error in figures(workdir / "metrics.jsonl", NAME).items() if step in steps}
     for step in steps:
         report = verify(directory, step, "fast", ITEMS)
         found = report.problems[0] if report.problems else "complete" if report.verifiable else "not verifiable"
+        if errors and step == min(errors, key=lambda step: errors[step]):
+            found += ", the best by validation"
         loss, validation = (_last_figure(workdir, name, step) for name in ("loss", NAME))
         print(f"{step:>10}  {_mib(directory / str(step)):>8.1f}  {loss:>8}  {validation:>10}  {found}")
     for path in sorted(directory.glob(f"*{CORRUPT}")):

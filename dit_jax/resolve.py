@@ -50,6 +50,11 @@ def resolve(
             f"validate_every is {config.validate_every}, but no records are set aside to validate on: set"
             " data.validation_fraction, as in --config.data.validation_fraction=0.01, or validate_every=0"
         )
+    if config.keep_best and not config.validate_every:
+        raise ConfigError(
+            f"keep_best is {config.keep_best}, but nothing is validated: set validate_every to how often, as in"
+            f" --config.validate_every={config.save_every}, or keep_best=0"
+        )
     choose("latents.normalize", config.latents.normalize, dict.fromkeys(("vae", "measured")))
     if config.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb_project is set, but wandb is not installed: pip install 'dit_jax[wandb]'")
@@ -122,6 +127,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             "sample_every",
             "validate_every",
             "keep_every",
+            "keep_best",
             "data.workers",
             "data.patience",
             "learning_rate",

@@ -44,7 +44,7 @@ from dit_jax.runtime import git_commit, writable
 from dit_jax.sharding import make_mesh, put_batch
 from dit_jax.stored import Trained, begin_from, open_origin
 from dit_jax.stores import folder_of
-from dit_jax.training.checkpoint import Checkpoints
+from dit_jax.training.checkpoint import Best, Checkpoints
 from dit_jax.training.divergence import diverged
 from dit_jax.training.loop import Duty, Loop
 from dit_jax.training.progress import Progress
@@ -54,8 +54,9 @@ from dit_jax.training.state import TrainState, abstract_state, init_state
 from dit_jax.training.status import Status
 from dit_jax.training.step import TrainStep
 from dit_jax.training.stop import Stop
+from dit_jax.training.validation import NAME
 from dit_jax.training.watchdog import Watchdog
-from dit_jax.training.writer import Silent, Watch, Writer
+from dit_jax.training.writer import Silent, Watch, Writer, figures
 from dit_jax.trees import count_parameters
 from dit_jax.workdir import Workdir, open_workdir
 
@@ -64,7 +65,7 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 AHEAD = 3  # batches that are on the devices, or on their way, before the step that takes them
 
 
-def run(config: ConfigDict, workdir: Path | str, watch: Watch | None = None) -> TrainState | None:
+def run(config: ConfigDict, workdir: Path | str, watch: Watch | None = None, extend: bool = False) -> TrainState | None:
     """Train from the config, or from where ``workdir`` stands, to ``total_steps`` or ``stop_at_step``.
 
     Args:
@@ -72,6 +73,7 @@ def run(config: ConfigDict, workdir: Path | str, watch: Watch | None = None) -> 
       workdir: the run's folder, here or in a bucket; made if it is not there.
       watch: called with a step and its row of numbers, or its grid of samples as uint8 ``[height, width, 3]``, as soon
         as they are written; what a notebook draws.
+      extend: whether a run that is there may become longer by a larger ``total_steps``.
 
     Returns:
       The state at the end; None if there was nothing left to do.
@@ -86,10 +88,10 @@ def run(config: ConfigDict, workdir: Path | str, watch: Watch | None = None) -> 
       FetchError: a bucket that cannot be reached.
     """
     with open_workdir(folder_of(str(workdir))) as opened:
-        return train(config, opened, watch)
+        return train(config, opened, watch, extend)
 
 
-def train(config: ConfigDict, workdir: Workdir, watch: Watch | None) -> TrainState | None:
+def train(config: ConfigDict, workdir: Workdir, watch: Watch | None, extend: bool) -> TrainState | None:
     """All of a run, in a workdir that is at hand; see `run`."""
     begun = datetime.now(UTC)
     deadline = time.monotonic() + 3600 * config.max_hours if config.max_hours else None
@@ -112,7 +114,7 @@ def train(config: ConfigDict, workdir: Workdir, watch: Watch | None) -> TrainSta
     identity = {"data": source.fingerprint(), "vae": vae.sha256, "text_encoder": text_encoder.sha256}
 
     # ---- where it stands
-    checkpoints = open_checkpoints(config, workdir, identity)
+    checkpoints = open_checkpoints(config, workdir, identity, extend)
     start = processes.of_first(checkpoints.latest_step() or 0)
     stop = min(config.stop_at_step or config.total_steps, config.total_steps)
     banner(config, workdir.place, start, mesh, len(source), len(held_out or ()), (vae, text_encoder))
@@ -129,7 +131,8 @@ def train(config: ConfigDict, workdir: Workdir, watch: Watch | None) -> TrainSta
     side = config.data.image_size // vae.factor
     shapes = abstract_state(model, optimizer, side, side, mesh)
     saves = [step for step in range(start + 1, stop + 1) if step == stop or due.saves(step)]
-    notes += check_room(checkpoints.directory, shapes, saves, config.keep_latest, config.keep_every)
+    keeps = config.keep_latest, config.keep_every, config.keep_best
+    notes += check_room(checkpoints.directory, shapes, saves, *keeps)
     for note in notes:
         say(f"warning: {note}")
 
@@ -209,7 +212,7 @@ def offer_embedded() -> Iterator[None]:
         ) from error
 
 
-def open_checkpoints(config: ConfigDict, workdir: Workdir, identity: dict[str, str]) -> Checkpoints:
+def open_checkpoints(config: ConfigDict, workdir: Workdir, identity: dict[str, str], extend: bool) -> Checkpoints:
     """The checkpoints of a run, which is a new one or the same as before in config, data and encoders.
 
     The newest is verified; where it is damaged, it is set aside and the run goes on from the one before. Of several
@@ -222,7 +225,7 @@ def open_checkpoints(config: ConfigDict, workdir: Workdir, identity: dict[str, s
     step = processes.of_first(whole and whole.step)
     if step is not None:
         say(f"checkpoint: {whole}")
-        take_over(config, workdir.folder)
+        take_over(config, workdir.folder, extend)
         refuse_another(restore_metadata(directory, step), identity)
     with writable(place):
         if processes.is_first():
@@ -231,7 +234,8 @@ def open_checkpoints(config: ConfigDict, workdir: Workdir, identity: dict[str, s
                 say(f"warning: checkpoint: {report}; set aside as {set_aside(directory, report.step)}")
             with tempfile.TemporaryFile(dir=workdir.folder):
                 pass  # a folder that cannot be written to is told now, and not when the data are encoded
-        return Checkpoints(directory, config.keep_latest, config.keep_every, before_commit=workdir.bring)
+        best = Best(config.keep_best, functools.partial(figures, workdir.folder / "metrics.jsonl", NAME))
+        return Checkpoints(directory, config.keep_latest, config.keep_every, best, before_commit=workdir.bring)
 
 
 def describe(config: ConfigDict, identity: dict[str, str], mesh: Mesh) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def test_checkpoints_are_listed_oldest_first_with_what_is_known_of_them(tiny_run
         row["step"]: row["loss"] for row in map(json.loads, (tiny_run / "metrics.jsonl").read_text().splitlines())
     }
     assert rows[0][2:] == [f"{losses[3]:.4f}", "-", "complete"]
-    assert rows[1][2:] == [f"{losses[9]:.4f}", "0.2500", "complete"]
+    assert rows[1][2:] == [f"{losses[9]:.4f}", "0.2500", "complete, the best by validation"]
     assert rows[2][2:] == [f"{losses[15]:.4f}", "0.2500", "ema/_METADATA is missing"]
 
 

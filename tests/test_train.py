@@ -142,6 +142,22 @@ def test_a_workdir_of_another_config_is_refused_and_left_alone(tiny_run):
     assert (tiny_run / "config.json").read_bytes() == before
 
 
+def test_a_run_becomes_longer_where_that_is_said(tmp_path):
+    changes = {"total_steps": "2", "warmup_steps": "1", "sample_every": "0"}
+    run = train_tiny(tmp_path, **changes)
+    longer = changes | {"total_steps": "4"}
+    with pytest.raises(ConfigError, match="a run of 2 steps, not 4: add --extend to make it longer"):
+        train_tiny(run, **longer)
+    with pytest.raises(ConfigError, match="learning_rate: 0.02 -> 0.5"):
+        train.run(tiny_config(**longer, learning_rate="0.5"), run, extend=True)
+    with pytest.raises(ConfigError, match="total_steps: 2 -> 1"):
+        train.run(tiny_config(**changes | {"total_steps": "1"}), run, extend=True)
+    train.run(tiny_config(**longer), run, extend=True)
+    assert (run / "checkpoints" / "4").is_dir()
+    assert json.loads((run / "config.json").read_text())["total_steps"] == 4
+    assert train.run(tiny_config(**longer), run) is None
+
+
 def test_a_run_does_not_go_on_with_other_pictures(tmp_path):
     """The config is the same, a file behind it is not."""
     pictures, run = tmp_path / "pictures", tmp_path / "run"
@@ -313,6 +329,17 @@ def test_a_run_killed_while_a_step_is_saved_goes_on_with_all_of_its_rows(validat
     assert [row["step"] for row in validation_rows(tmp_path)] == [4, 8]
 
 
+def test_the_best_checkpoint_stays_when_a_run_is_resumed(tmp_path):
+    """By the rows of the run, of which one is made the best."""
+    changes = VALIDATED | {"total_steps": "3", "validate_every": "1", "save_every": "1", "keep_latest": "1"}
+    train_tiny(tmp_path, **changes, keep_best="1", stop_at_step="1")
+    (row,) = validation_rows(tmp_path)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(text.replace(str(row["validation_x0_error"]), "0.001"))
+    train_tiny(tmp_path, **changes, keep_best="1")
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "3"}
+
+
 def test_validating_changes_nothing_of_the_training(validated, tmp_path):
     run = train_tiny(tmp_path, **VALIDATED | {"validate_every": "0"})
     assert_same_parameters(validated[0], run, 10)
@@ -325,6 +352,7 @@ def test_validating_changes_nothing_of_the_training(validated, tmp_path):
         ({"data__validation_fraction": "0"}, "no records are set aside to validate on: set data.validation_fraction"),
         ({"data__validation_fraction": "1e-9"}, "sets no record of data.source=shapes aside to validate on: set a"),
         ({"data__validation_records": "0"}, "data.validation_records is 0; it must be 1 or more"),
+        ({"validate_every": "0", "keep_best": "1"}, "keep_best is 1, but nothing is validated: set validate_every"),
     ],
 )
 def test_nothing_to_validate_on_is_said_before_anything_is_written(change, says, tmp_path):

@@ -13,7 +13,7 @@ import errno
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +54,31 @@ class Commit(NamedTuple):
         return f"step={self.step} {self.bytes / 2**30:.2f}GiB {self.seconds:.1f}s (sha256 {self.hashing:.1f}s)"
 
 
+class Best(NamedTuple):
+    """A policy of Orbax: the checkpoints with the lowest error stay.
+
+    Orbax has one of its own, which keeps the errors in a file of the step. They are in ``metrics.jsonl`` already, also
+    those of before.
+
+    Attributes:
+      keep: how many.
+      errors: by step, of those that were validated, as they are when it is called.
+    """
+
+    keep: int
+    errors: Callable[[], Mapping[int, float]]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """For every checkpoint that there is whether it stays."""
+        errors = self.errors()
+        scored = sorted((errors[info.step], info.step) for info in checkpoints if info.step in errors)
+        best = {step for _, step in scored[: self.keep]}
+        return [info.step in best for info in checkpoints]
+
+
+NO_BEST = Best(0, dict)
+
+
 class Checkpoints:
     """The checkpoints of one run, to which it saves; nobody else writes there.
 
@@ -63,11 +88,17 @@ class Checkpoints:
       directory: ``<workdir>/checkpoints``.
       keep_latest: how many of the newest are kept.
       keep_every: steps divisible by this are kept for good; 0 for none.
+      best: which of those that were validated are kept; they go when there are better ones.
       before_commit: called when a step is written and does not count yet, in a thread of its own.
     """
 
     def __init__(
-        self, directory: Path, keep_latest: int, keep_every: int, before_commit: Callable[[], None] = lambda: None
+        self,
+        directory: Path,
+        keep_latest: int,
+        keep_every: int,
+        best: Best = NO_BEST,
+        before_commit: Callable[[], None] = lambda: None,
     ):
         self.directory = stores.absolute(directory)
         self._before_commit = before_commit
@@ -76,7 +107,7 @@ class Checkpoints:
                 stores.remove(left)
         processes.barrier()
         # the whole policy is written out: Orbax drops recency when only a part of it is given
-        policies: list[Any] = [LatestN(keep_latest), *([EveryNSteps(keep_every)] if keep_every else [])]
+        policies: list[Any] = [LatestN(keep_latest), *([EveryNSteps(keep_every)] if keep_every else []), best]
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_names=ITEMS,

@@ -18,14 +18,16 @@ from dit_jax.training.saved_steps import steps_of
 GIB = 2**30
 
 
-def check_room(directory: Path, state: Any, saves: Iterable[int], keep_latest: int, keep_every: int) -> list[str]:
+def check_room(
+    directory: Path, state: Any, saves: Iterable[int], keep_latest: int, keep_every: int, keep_best: int
+) -> list[str]:
     """Compare what will be saved with the free space of the disk. A bucket has none, and quotas are not seen.
 
     Args:
       directory: ``<workdir>/checkpoints``.
       state: shapes and dtypes of what is saved. Orbax compresses, but parameters hardly become smaller.
       saves: the steps that are still to be saved.
-      keep_latest, keep_every: which of them stay, as `dit_jax.training.checkpoint.Checkpoints` takes them.
+      keep_latest, keep_every, keep_best: which of them stay, as `dit_jax.training.checkpoint.Checkpoints` takes them.
 
     Returns:
       Warnings: one, where there is room for the next save but not for all.
@@ -36,7 +38,9 @@ def check_room(directory: Path, state: Any, saves: Iterable[int], keep_latest: i
     if stores.in_bucket(directory):
         return []
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    saves = list(saves)
     more = most_at_once(steps_of(directory), saves, keep_latest, keep_every)
+    more = min(len(saves), more + keep_best)  # whichever they will be
     free = shutil.disk_usage(directory).free
     if more and free < size:
         raise WorkdirError(
@@ -46,7 +50,7 @@ def check_room(directory: Path, state: Any, saves: Iterable[int], keep_latest: i
     if free < more * size:
         return [
             f"up to {more} more checkpoints will lie in {directory} at once, {more * size / GIB:.3f} GiB, and"
-            f" {free / GIB:.3f} GiB are free: make room, lower keep_latest, or raise keep_every"
+            f" {free / GIB:.3f} GiB are free: make room, lower keep_latest or keep_best, or raise keep_every"
         ]
     return []
 

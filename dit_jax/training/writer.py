@@ -33,6 +33,15 @@ def has_row(path: Path, step: int, name: str) -> bool:
     return path.exists() and any(row["step"] == step and name in row for _, row in read_rows(path))
 
 
+def figures(path: Path, name: str) -> dict[int, float]:
+    """What a JSON-lines file has by a name, by step."""
+    return {row["step"]: row[name] for _, row in read_rows(path) if _is_figure(row, name)} if path.is_file() else {}
+
+
+def _is_figure(row: dict[str, Any], name: str) -> bool:
+    return type(row.get("step")) is int and isinstance(row.get(name), int | float)
+
+
 class Writer:
     """Writes rows of numbers by step.
 

@@ -21,7 +21,7 @@ from dit_jax.errors import CheckpointError, WorkdirError
 from dit_jax.sample import Pipeline
 from dit_jax.sharding import make_mesh, replicated, with_sharding
 from dit_jax.training import manifest
-from dit_jax.training.checkpoint import Checkpoints, restore_item
+from dit_jax.training.checkpoint import Best, Checkpoints, restore_item
 from dit_jax.training.loss_scale import LossScale
 from dit_jax.training.saved_steps import (
     ITEMS,
@@ -382,3 +382,16 @@ def test_a_run_that_may_not_write_large_files_ends_in_one_line_and_goes_on_later
     assert line.endswith("the run goes on from step 15, the last that is saved")
     train.run(tiny_config(), run)
     assert_same_run(tiny_run, run, 20)
+
+
+def test_the_best_by_validation_stay_also_when_the_run_is_resumed(tmp_path):
+    """A better one takes the place of the worst, and a step that was not validated is none of them."""
+    errors = {1: 0.5, 2: 0.3, 3: 0.4, 5: 0.2, 6: 0.9}
+    kept = []
+    for steps in (range(1, 5), range(5, 8)):  # two processes
+        best = Best(2, lambda: errors)
+        with contextlib.closing(Checkpoints(tmp_path, keep_latest=1, keep_every=0, best=best)) as checkpoints:
+            for step in steps:
+                save(checkpoints, make_state(step))
+                kept.append(steps_of(tmp_path))
+    assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 5], [2, 5, 6], [2, 5, 7]]

@@ -46,7 +46,7 @@ def test_as_many_lie_there_at_once_as_the_policy_says(there, saves, keep_every, 
 
 def test_less_than_one_checkpoint_ends_the_run_and_less_than_all_is_a_warning(disk, tmp_path):
     def check(saves) -> list[str]:
-        return check_room(tmp_path, STATE, saves, keep_latest=2, keep_every=0)
+        return check_room(tmp_path, STATE, saves, keep_latest=2, keep_every=0, keep_best=0)
 
     disk(0.9)
     with pytest.raises(WorkdirError, match="takes 1.000 GiB, and 0.900 GiB are free in .*: make room"):
