@@ -18,9 +18,8 @@ def get_config() -> ConfigDict:
     c.stop_at_step = 0  # save and stop after this step although the run is longer; 0 is off
     c.max_hours = 0.0  # save and end with exit code 75 after so many hours, before a scheduler's limit; 0 is off
     c.batch_size = 128  # pictures a step, over all devices
-    c.accumulate = (
-        1  # slices of the batch whose gradients are added up: less memory, same loss but for the draws of dropout
-    )
+    # slices of the batch whose gradients are added up: less memory, same loss but for the draws of dropout
+    c.accumulate = 1
 
     # ---- optimizer
     c.optimizer = "adamw"  # adamw | muon: fewer pictures to the same loss, more work a step
@@ -42,9 +41,8 @@ def get_config() -> ConfigDict:
     # ---- what ends a run
     # a step whose loss or gradient is not finite is skipped; so many in a row end the run, with exit code 4
     c.max_skipped_in_a_row = 10
-    c.stall_patience = (
-        600.0  # seconds of a step, and 20 times the usual, that end it with exit code 9; 0 waits for ever
-    )
+    # a step that takes longer than so many seconds, and than 20 usual ones, ends the run with exit code 9; 0 is off
+    c.stall_patience = 600.0
 
     # ---- what is written, in steps; 0 is off
     c.log_every = 100

@@ -310,8 +310,13 @@ def _parse(key: str, text: str, old: Any) -> Any:
 # ----------------------------------------------------------------------------------------------------- comparing
 
 
-def take_over(config: ConfigDict, workdir: Path) -> None:
+def take_over(config: ConfigDict, workdir: Path, extend: bool) -> None:
     """Compare with the config of the run that is resumed, and fill gaps with what it measured.
+
+    Args:
+      config: of the process that goes on; its gaps are filled in place.
+      workdir: the folder of the run.
+      extend: whether the run may become longer: what was learnt so far was by the schedule of the shorter one.
 
     Raises:
       ConfigError: a key differs that a resumed run may not change.
@@ -319,7 +324,15 @@ def take_over(config: ConfigDict, workdir: Path) -> None:
     old = read_run(workdir)
     if not config.latents.scale and config.latents.normalize == old.latents.normalize:
         config.latents = old.latents
+    longer = config.total_steps > old.total_steps
+    if longer and extend:
+        old.total_steps = config.total_steps
     changed = differences(old, config)
+    if longer and not extend and len(changed) == 1:
+        raise ConfigError(
+            f"{workdir} belongs to a run of {old.total_steps} steps, not {config.total_steps}: add --extend to make it"
+            " longer (the learning rate then goes on as if it had been from the start), or set total_steps back"
+        )
     if changed:
         raise ConfigError(
             f"{workdir} belongs to a run with another config ({'; '.join(changed)});"

@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--dry_run", action="store_true", help="print config, parameters, cost and memory of the run, and train nothing"
     )
+    parser.add_argument(
+        "--extend", action="store_true", help="let a run that is there become longer by a larger --config.total_steps"
+    )
     parser.add_argument("--device", help="with --dry_run: what fits on a 4090, t4, h100, h200 or v5e")
     several = parser.add_argument_group("several processes that are one run, with all three flags")
     several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 runs, and a free port there")
@@ -55,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.dry_run:
             dry_run.report(config, args.config, args.device)
             return
-        train.run(config, folder_of(args.workdir) if args.workdir else default_workdir(args.config))
+        workdir = folder_of(args.workdir) if args.workdir else default_workdir(args.config)
+        train.run(config, workdir, extend=args.extend)
 
     less_memory = "lower batch_size, raise accumulate, or set model.remat to dots (then full)"
     run_program(train, args.traceback, less_memory)

@@ -65,7 +65,7 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 AHEAD = 3  # batches that are on the devices, or on their way, before the step that takes them
 
 
-def run(config: ConfigDict, workdir: Path | str, watch: Watch | None = None) -> TrainState | None:
+def run(config: ConfigDict, workdir: Path | str, watch: Watch | None = None, extend: bool = False) -> TrainState | None:
     """Train from the config, or from where ``workdir`` stands, to ``total_steps`` or ``stop_at_step``.
 
     Args:
@@ -73,6 +73,7 @@ def run(config: ConfigDict, workdir: Path | str, watch: Watch | None = None) -> 
       workdir: the run's folder, here or in a bucket; made if it is not there.
       watch: called with a step and its row of numbers, or its grid of samples as uint8 ``[height, width, 3]``, as soon
         as they are written; what a notebook draws.
+      extend: whether a run that is there may become longer by a larger ``total_steps``.
 
     Returns:
       The state at the end; None if there was nothing left to do.
@@ -87,10 +88,10 @@ def run(config: ConfigDict, workdir: Path | str, watch: Watch | None = None) -> 
       FetchError: a bucket that cannot be reached.
     """
     with open_workdir(folder_of(str(workdir))) as opened:
-        return train(config, opened, watch)
+        return train(config, opened, watch, extend)
 
 
-def train(config: ConfigDict, workdir: Workdir, watch: Watch | None) -> TrainState | None:
+def train(config: ConfigDict, workdir: Workdir, watch: Watch | None, extend: bool) -> TrainState | None:
     """All of a run, in a workdir that is at hand; see `run`."""
     begun = datetime.now(UTC)
     deadline = time.monotonic() + 3600 * config.max_hours if config.max_hours else None
@@ -113,7 +114,7 @@ def train(config: ConfigDict, workdir: Workdir, watch: Watch | None) -> TrainSta
     identity = {"data": source.fingerprint(), "vae": vae.sha256, "text_encoder": text_encoder.sha256}
 
     # ---- where it stands
-    checkpoints = open_checkpoints(config, workdir, identity)
+    checkpoints = open_checkpoints(config, workdir, identity, extend)
     start = processes.of_first(checkpoints.latest_step() or 0)
     stop = min(config.stop_at_step or config.total_steps, config.total_steps)
     banner(config, workdir.place, start, mesh, len(source), len(held_out or ()), (vae, text_encoder))
@@ -211,7 +212,7 @@ def offer_embedded() -> Iterator[None]:
         ) from error
 
 
-def open_checkpoints(config: ConfigDict, workdir: Workdir, identity: dict[str, str]) -> Checkpoints:
+def open_checkpoints(config: ConfigDict, workdir: Workdir, identity: dict[str, str], extend: bool) -> Checkpoints:
     """The checkpoints of a run, which is a new one or the same as before in config, data and encoders.
 
     The newest is verified; where it is damaged, it is set aside and the run goes on from the one before. Of several
@@ -224,7 +225,7 @@ def open_checkpoints(config: ConfigDict, workdir: Workdir, identity: dict[str, s
     step = processes.of_first(whole and whole.step)
     if step is not None:
         say(f"checkpoint: {whole}")
-        take_over(config, workdir.folder)
+        take_over(config, workdir.folder, extend)
         refuse_another(restore_metadata(directory, step), identity)
     with writable(place):
         if processes.is_first():

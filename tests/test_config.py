@@ -119,10 +119,10 @@ def test_a_run_keeps_the_latent_scale_that_it_measured(tmp_path):
     old.latents.shift, old.latents.scale = (0.1,), (2.0,)
     (tmp_path / "config.json").write_text(to_json(old))
     again = tiny_config()
-    take_over(again, tmp_path)
+    take_over(again, tmp_path, False)
     assert again.latents.scale == (2.0,)
     with pytest.raises(ConfigError, match="latents.normalize: 'measured' -> 'vae'"):
-        take_over(tiny_config(latents__normalize="vae"), tmp_path)
+        take_over(tiny_config(latents__normalize="vae"), tmp_path, False)
 
 
 def test_every_shipped_config_is_whole():

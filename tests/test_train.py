@@ -142,6 +142,22 @@ def test_a_workdir_of_another_config_is_refused_and_left_alone(tiny_run):
     assert (tiny_run / "config.json").read_bytes() == before
 
 
+def test_a_run_becomes_longer_where_that_is_said(tmp_path):
+    changes = {"total_steps": "2", "warmup_steps": "1", "sample_every": "0"}
+    run = train_tiny(tmp_path, **changes)
+    longer = changes | {"total_steps": "4"}
+    with pytest.raises(ConfigError, match="a run of 2 steps, not 4: add --extend to make it longer"):
+        train_tiny(run, **longer)
+    with pytest.raises(ConfigError, match="learning_rate: 0.02 -> 0.5"):
+        train.run(tiny_config(**longer, learning_rate="0.5"), run, extend=True)
+    with pytest.raises(ConfigError, match="total_steps: 2 -> 1"):
+        train.run(tiny_config(**changes | {"total_steps": "1"}), run, extend=True)
+    train.run(tiny_config(**longer), run, extend=True)
+    assert (run / "checkpoints" / "4").is_dir()
+    assert json.loads((run / "config.json").read_text())["total_steps"] == 4
+    assert train.run(tiny_config(**longer), run) is None
+
+
 def test_a_run_does_not_go_on_with_other_pictures(tmp_path):
     """The config is the same, a file behind it is not."""
     pictures, run = tmp_path / "pictures", tmp_path / "run"

@@ -85,7 +85,7 @@ def _opened(content: bytes) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:  # its message holds a memory address: new on every run
         raise PictureError(f"not a picture that can be read ({', '.join(FORMATS)})") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise PictureError(f"too many pixels: {error}") from error
+        raise _too_many_pixels() from error
     except MemoryError:  # this machine's fault, not the picture's: another run would decode it
         raise
     except Exception as error:  # decoders let out whatever they trip over in a damaged file
@@ -97,8 +97,12 @@ def _check_size(width: int, height: int) -> None:
         raise PictureError(f"too small: {width}x{height} pixels")
     # Pillow refuses twice this number and only warns from here on.
     if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-        limit = Image.MAX_IMAGE_PIXELS
-        raise PictureError(f"too many pixels: {width}x{height}, limit {limit} (a decompression bomb?)")
+        raise _too_many_pixels()
+
+
+def _too_many_pixels() -> PictureError:
+    """The same whoever counts them, Pillow or we, so that reasons are alike on every run."""
+    return PictureError(f"too many pixels: more than the limit of {Image.MAX_IMAGE_PIXELS:,} (a decompression bomb?)")
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
