@@ -150,8 +150,12 @@ class Handler(BaseHTTPRequestHandler):
             again = f"http://{self.headers['Host']}{self.path}&upload_id=1"
             self.reply(200, {}, Location=again)
             return
-        self.bucket.put(query["name"], body)
-        self.reply(200, self.bucket.describe(query["name"]))
+        try:
+            self.bucket.put(query["name"], body)
+        except PermissionError as error:
+            self.reply(403, {"error": {"code": 403, "message": str(error)}})
+        else:
+            self.reply(200, self.bucket.describe(query["name"]))
 
     def delete_some(self, body: bytes) -> None:
         names = [unquote(name.decode()) for name in re.findall(rb"DELETE /storage/v1/b/[^/]+/o/(\S+)", body)]

@@ -1,5 +1,6 @@
 """A run in a bucket is the run on a disk: through a kill in the middle of a save, through damage, for every program."""
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -10,13 +11,15 @@ from pathlib import Path
 import pytest
 
 from dit_jax import doctor, stores, train
-from dit_jax.errors import ConfigError, FetchError
+from dit_jax.errors import ConfigError, FetchError, WorkdirError
 from dit_jax.sample import Pipeline
 from dit_jax.stores import folder_of
+from dit_jax.training.checkpoint import Checkpoints
 from dit_jax.training.saved_steps import newest_whole, set_aside, steps_of, unfinished
 from tests.bucket import serve
 from tests.test_train import assert_same_run
 from tests.tiny_run import tiny_config, tiny_flags
+from tests.training.test_checkpoint import make_state, save
 
 if importlib.util.find_spec("gcsfs") is None:  # not by importing it: it reads the environment of `served` then
     pytest.skip("there is no gcsfs", allow_module_level=True)
@@ -123,6 +126,27 @@ def test_a_run_that_is_refused_leaves_the_bucket_alone(bucket):
     with pytest.raises(ConfigError, match="learning_rate: 0.02 -> 0.5"):
         train.run(tiny_config(learning_rate="0.5"), RUN)
     assert bucket.objects == before
+
+
+@pytest.mark.parametrize("refused", ["manifest.sha256", "params/"])
+def test_a_save_that_the_bucket_refuses_is_told_and_never_called_saved(served, refused):
+    bucket, _ = served
+
+    def before_put(name: str) -> None:
+        if f"/2/{refused}" in name:
+            raise PermissionError("this bucket is full")
+
+    directory = folder_of("gs://bucket/runs/refused") / refused.strip("/")
+    checkpoints = Checkpoints(directory, keep_latest=2, keep_every=0)
+    save(checkpoints, make_state(1))
+    bucket.before_put = before_put
+    with pytest.raises(WorkdirError, match="the save of step 2 failed: .* the run goes on from step 1"):
+        checkpoints.save(make_state(2), {})
+        checkpoints.wait()
+    bucket.before_put = lambda name: None
+    assert checkpoints.committed() is None and steps_of(directory) == [1]
+    with contextlib.closing(Checkpoints(directory, keep_latest=2, keep_every=0)) as again:
+        assert not unfinished(directory) and again.latest_step() == 1
 
 
 def test_a_bucket_that_cannot_be_reached_ends_in_one_line(served, monkeypatch):

@@ -216,11 +216,16 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _loud(self) -> Iterator[None]:
-        """A failure of the system in a save, which Orbax raises when it is waited for, is an error of the workdir."""
+        """A failure of the system in a save, which Orbax raises when it is waited for, is an error of the workdir.
+
+        So is whatever happens on the way to a bucket, where every library has errors of its own.
+        """
         try:
             yield
-        except (OSError, ValueError) as error:
+        except Exception as error:
             reason = _system_reason(error)
+            if reason is None and stores.in_bucket(self.directory):
+                reason = " ".join(str(error).split())[:SHOWN] or type(error).__name__
             if reason is None:
                 raise
             step, self._pending = self._pending, None
@@ -308,6 +313,6 @@ def _readable(path: Path) -> Iterator[None]:
 def _system_reason(error: Exception) -> str | None:
     """What the system said in an error of its own or of tensorstore, which quotes it; None if it said nothing."""
     if isinstance(error, OSError):
-        return error.strerror or str(error)
+        return error.strerror or " ".join(str(error).split())
     code = re.search(r"os_error_code='(\d+)'", str(error))
     return os.strerror(int(code[1])) if code else None
