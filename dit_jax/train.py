@@ -156,6 +156,10 @@ def train(config: ConfigDict, workdir: Workdir, watch: Watch | None, extend: boo
             write_whole(workdir.folder / "config.json", to_json(config))
     step_function = build.make_step(config, model, process, optimizer, learning_rate)
 
+    def stalled(reason: str) -> None:
+        status.stalled(reason)
+        workdir.bring()
+
     # ---- the loop
     with (
         checkpoints.room(),
@@ -179,7 +183,7 @@ def train(config: ConfigDict, workdir: Workdir, watch: Watch | None, extend: boo
                 batches = itertools.chain([first], coming)
             with (
                 Stop(deadline, processes.agreement()) as told,
-                Watchdog(config.stall_patience, workdir.folder / "logs", status.stalled) as watchdog,
+                Watchdog(config.stall_patience, workdir.folder / "logs", stalled) as watchdog,
             ):
                 loop = Loop(
                     train_steps=train_steps,

@@ -27,6 +27,7 @@ from dit_jax.errors import LostError
 FACTOR = 20  # times the median of the last steps
 STEPS = 100  # that the median is taken of
 LOOK_EVERY = 1.0  # seconds
+LAST_WORDS = 30.0  # seconds
 
 
 class Watchdog:
@@ -35,7 +36,7 @@ class Watchdog:
     Args:
       patience: seconds that every step may take; 0 watches nothing.
       folder: where the stacks are written; made when it is needed.
-      stalled: is told why the process ends, just before.
+      stalled: is told why the process ends, just before, and has `LAST_WORDS` seconds: it may stall too.
     """
 
     def __init__(self, patience: float, folder: Path, stalled: Callable[[str], None]):
@@ -91,7 +92,9 @@ class Watchdog:
             self._folder.mkdir(parents=True, exist_ok=True)
             with path.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-            self._stalled(reason)
+            last_words = threading.Thread(target=self._stalled, args=(reason,), daemon=True)
+            last_words.start()
+            last_words.join(LAST_WORDS)
         finally:
             print(f"{LostError.kind}: {reason}", file=sys.stderr, flush=True)
             os._exit(LostError.exit_code)
