@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
     # compute: auto | float32 | bfloat16 | float16 (with dynamic loss scaling). auto: float32 on CPU, bfloat16 on TPU
     # and GPU, float16 on a GPU older than Ampere (T4, V100)
     c.dtype = "auto"
+    c.deterministic = False  # on a GPU: the same bits every time, and slower; on CPU and TPU they are the same anyway
 
     # ---- what ends a run
     # a step whose loss or gradient is not finite is skipped; so many in a row end the run, with exit code 4

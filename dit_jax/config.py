@@ -46,6 +46,7 @@ FIRST: dict[type, str] = {
 ADDED = {
     "init_from": "",
     "preview_vae": "",
+    "deterministic": False,
     "max_hours": 0.0,
     "max_skipped_in_a_row": 10,  # of 1: the first one ended the run
     "stall_patience": 600.0,
@@ -87,6 +88,7 @@ TRAINED = "trained"  # what the config.json of an export says beside the config:
 # What a run that is resumed may change; every other key must be what it was.
 CHANGEABLE = (
     "stop_at_step",
+    "deterministic",
     "max_hours",
     "stall_patience",
     "log_every",

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         place = read_place(args.coordinator, args.num_processes, args.process_id)
         if place and args.dry_run:
             raise ConfigError("--dry_run is for one process; leave --coordinator, --num_processes and --process_id out")
-        set_up(args.allow_cpu or args.device is not None, args.verbose, place)
+        set_up(args.allow_cpu or args.device is not None, args.verbose, place, config.deterministic)
         from dit_jax import dry_run, train
 
         if args.dry_run:

@@ -36,6 +36,7 @@ from dit_jax.processes import Place
 
 INTERNAL = 1
 OUT_OF_MEMORY = 6
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 INTERRUPTED = 130
 INSIST_EVERY = 0.5  # seconds after which what a signal raised is raised again, if it is lost
 # What a full disk is called by the system and by tensorstore, whose messages begin with RESOURCE_EXHAUSTED too.
@@ -210,13 +211,14 @@ def _say_end(line: str, show_traceback: bool) -> None:
     print(shown, file=sys.stderr, flush=True)
 
 
-def set_up(allow_cpu: bool, verbose: bool, place: Place | None = None) -> None:
+def set_up(allow_cpu: bool, verbose: bool, place: Place | None = None, deterministic: bool = False) -> None:
     """Quiet the libraries, turn the compile cache on, make random numbers independent of sharding, check the device.
 
     Args:
       allow_cpu: run on CPU even beside an NVIDIA device.
       verbose: leave the libraries their voice.
       place: of this process among those of a run, whom it joins; None where it is alone.
+      deterministic: keep XLA from what gives other bits every time on a GPU. It reads its flags once, when it starts.
 
     Raises:
       ConfigError: an NVIDIA device is present, but JAX would run on CPU and nobody asked for that.
@@ -224,6 +226,8 @@ def set_up(allow_cpu: bool, verbose: bool, place: Place | None = None) -> None:
     """
     if not verbose:
         quiet_libraries()
+    if deterministic:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

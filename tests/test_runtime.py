@@ -153,3 +153,17 @@ loop.close()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_xla_is_asked_for_the_same_bits_before_it_starts():
+    """By a flag that this XLA knows: of one that it does not know it aborts."""
+    program = """
+import os
+from dit_jax.runtime import DETERMINISTIC, set_up
+set_up(True, False, deterministic=True)
+assert os.environ["XLA_FLAGS"].split()[-1] == DETERMINISTIC
+import jax
+print(jax.jit(lambda x: x + 1)(1))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr

@@ -62,6 +62,15 @@ def test_a_run_stopped_at_9_and_resumed_in_another_process_is_the_same_run(tiny_
     assert steps == [1, 3, 6, 9, 12, 15, 18, 20]
 
 
+def test_slices_of_batches_and_workers_change_nothing_of_that(tmp_path):
+    """Also where the data are encoded at every step, and the run ends in the middle of an epoch."""
+    changes = {"accumulate": "2", "data__encode": "every_step", "data__workers": "2", "total_steps": "8"}
+    whole, parts = train_tiny(tmp_path / "whole", **changes), tmp_path / "parts"
+    for stop in ("5", "0"):
+        train_tiny(parts, **changes, stop_at_step=stop)
+    assert_same_run(whole, parts, 8)
+
+
 def test_twice_the_same_seed_is_the_same_run_and_another_seed_is_not(tiny_run, tmp_path):
     assert_same_run(tiny_run, train_tiny(tmp_path / "same"), 20)
     other = leaves(train_tiny(tmp_path / "other", seed="1"), 20)
