@@ -64,13 +64,15 @@ class Survivor:
         program = self.start()
         before = program.newest()
         hit = strike.falls(program, choose)
+        at = program.step
         if len(strike.signals) > 1:
             program.wait_for(lambda: False, HARD)
             assert program.ended, f"{strike}: it goes on\n{program}"
         code = program.end()
         self._check_begin(program)
-        if hit is None or code == 0:  # a signal may come when all is done
+        if hit is None or code == 0:
             assert code == 0 and program.newest() == self._plan.total, f"{strike}: exit code {code}\n{program}"
+            assert hit is None or at >= self._plan.total - 1, f"{strike}: it took no notice\n{program}"
             return False
         number = strike.signals[-1]
         assert code == (CODES[number] if len(strike.signals) == 1 else 128 + number), f"{strike}: {code}\n{program}"

@@ -96,3 +96,4 @@ def strike_runs(
         outcomes, starts = outcomes + run.outcomes, starts + run.starts
         print(f"\n{len(outcomes)} of {count}:", *run.outcomes, sep="\n  ")
     print(summary(outcomes, starts, SEED))
+    assert {outcome.strike.phase for outcome in outcomes if outcome.hit} == {*phases, *last}
