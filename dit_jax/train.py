@@ -9,10 +9,8 @@ Called again with the same config it goes on where the last checkpoint ends, and
 as a run that was never interrupted.
 """
 
-import contextlib
 import functools
 import itertools
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +18,11 @@ from contextlib import closing
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -33,20 +30,15 @@ import dit_jax
 from dit_jax import build, processes
 from dit_jax.config import is_export, take_over, to_json
 from dit_jax.data.ahead import ahead
-from dit_jax.data.cache.gather import Cache
-from dit_jax.data.sources.records import Source
-from dit_jax.diffusion.process import Process
 from dit_jax.drawing.pipeline import Pipeline
 from dit_jax.duties import draw_samples, make_duties, score
-from dit_jax.encoders import VAE, TextEncoder
-from dit_jax.errors import ConfigError, FetchError
+from dit_jax.errors import ConfigError
 from dit_jax.feed import open_feed, open_validation
 from dit_jax.files import write_whole
-from dit_jax.models.dit import DiT
 from dit_jax.models.flops import peak_flops, training_flops
-from dit_jax.resolve import resolve
-from dit_jax.runtime import DETERMINISTIC, git_commit, writable
-from dit_jax.sharding import make_mesh, put_batch
+from dit_jax.parts import PACKAGES, Parts, describe, gather, refuse_another
+from dit_jax.runtime import git_commit, writable
+from dit_jax.sharding import put_batch
 from dit_jax.stored import Trained, begin_from, open_origin
 from dit_jax.stores import folder_of
 from dit_jax.training.checkpoint import Best, Checkpoints
@@ -66,7 +58,6 @@ from dit_jax.trees import count_parameters
 from dit_jax.workdir import Workdir, open_workdir
 
 GRID = 16  # captions of the training set in a sample grid when the config names no prompts
-PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 AHEAD = 3  # batches that are on the devices, or on their way, before the step that takes them
 
 
@@ -94,38 +85,6 @@ def run(config: ConfigDict, workdir: Path | str, watch: Watch | None = None, ext
     """
     with open_workdir(folder_of(str(workdir))) as opened:
         return train(config, opened, watch, extend)
-
-
-class Parts(NamedTuple):
-    """What a run is made of, before anything of it is written."""
-
-    config: ConfigDict  # resolved
-    workdir: Workdir
-    mesh: Mesh
-    source: Source | Cache
-    held_out: Source | Cache | None  # the records to validate on
-    vae: VAE
-    preview: VAE
-    text_encoder: TextEncoder
-    model: DiT
-    process: Process
-    optimizer: optax.GradientTransformation
-    learning_rate: optax.Schedule
-    notes: list[str]  # warnings
-
-    @property
-    def identity(self) -> dict[str, str]:
-        """Hashes of what a run may not change."""
-        return {
-            "data": self.source.fingerprint(),
-            "vae": self.vae.sha256,
-            "text_encoder": self.text_encoder.sha256,
-        }
-
-    @property
-    def side(self) -> int:
-        """Of the latents of a square picture."""
-        return self.config.data.image_size // self.vae.factor
 
 
 def train(config: ConfigDict, workdir: Workdir, watch: Watch | None, extend: bool) -> TrainState | None:
@@ -159,44 +118,6 @@ def train(config: ConfigDict, workdir: Workdir, watch: Watch | None, extend: boo
         state = take_steps(parts, duties, checkpoints, status, state, steps, deadline, watch)
     say(f"done: step {int(state.step)} of {config.total_steps}")
     return state
-
-
-def gather(config: ConfigDict, workdir: Workdir) -> Parts:
-    """What there is to train with; the config is resolved in place, and nothing is written.
-
-    Raises:
-      ConfigError, DataError, FetchError: as of `run`.
-    """
-    mesh = make_mesh(jax.devices())
-    source = build.make_source(config, "train")  # first: a folder that is not there must cost no download
-    with offer_embedded():
-        vae, text_encoder = build.make_vae(config), build.make_text_encoder(config)
-    preview = build.make_preview_vae(config, vae)
-    notes = resolve(config, len(source), vae.shape, text_encoder.shape, mesh.size)
-    held_out = build.make_validation_source(config) if config.validate_every else None
-    model = build.make_model(config, build.compute_dtype(config.dtype, jax.devices()[0]))
-    process = build.make_process(config)
-    build.make_times(config, process)  # needed later: what cannot be is refused before anything is written
-    build.make_weight(config, process)
-    build.make_sampler(config, process, build.make_grid(config, process))
-    optimizer, learning_rate = build.make_optimizer(config)
-    if config.deterministic and jax.default_backend() == "gpu" and DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
-        notes.append(f"deterministic came too late for XLA: set XLA_FLAGS={DETERMINISTIC} before JAX is imported")
-    return Parts(
-        config,
-        workdir,
-        mesh,
-        source,
-        held_out,
-        vae,
-        preview,
-        text_encoder,
-        model,
-        process,
-        optimizer,
-        learning_rate,
-        notes,
-    )
 
 
 def begin(parts: Parts) -> TrainState:
@@ -297,17 +218,6 @@ def make_validation(parts: Parts) -> Validation | None:
     return build.make_validation(parts.config, parts.model, parts.process, records, parts.mesh)
 
 
-@contextlib.contextmanager
-def offer_embedded() -> Iterator[None]:
-    """Where encoders cannot be fetched, a new run has others to choose."""
-    try:
-        yield
-    except FetchError as error:
-        raise FetchError(
-            f"{error}; the encoders that need no network: --config.vae=embedded --config.text_encoder=embedded"
-        ) from error
-
-
 def open_checkpoints(parts: Parts, extend: bool) -> tuple[Checkpoints, int]:
     """The checkpoints of a run, which is a new one or the same as before in config, data and encoders, and its step.
 
@@ -336,23 +246,6 @@ def open_checkpoints(parts: Parts, extend: bool) -> tuple[Checkpoints, int]:
         best = Best(config.keep_best, functools.partial(figures, workdir.folder / METRICS, NAME))
         checkpoints = Checkpoints(directory, config.keep_latest, config.keep_every, best, before_commit=workdir.bring)
     return checkpoints, step or 0
-
-
-def describe(parts: Parts) -> dict[str, Any]:
-    """What a checkpoint says of itself beside its arrays."""
-    versions = {name: version(name) for name in PACKAGES} | {"dit_jax": dit_jax.__version__, "git": git_commit()}
-    mesh = dict(parts.mesh.shape)
-    return {**parts.identity, "config": parts.config.to_dict(), "versions": versions, "mesh": mesh}
-
-
-def refuse_another(saved: dict[str, str], found: dict[str, str]) -> None:
-    """Raises ConfigError if a run would go on with other data or encoders than it began with."""
-    changed = [name for name in found if saved.get(name) != found[name]]
-    if changed:
-        raise ConfigError(
-            f"the run was begun with another {' and '.join(changed)} (compared by hash);"
-            " name its own again or put the files back, or begin a new run in another --workdir"
-        )
 
 
 def banner(parts: Parts, start: int) -> None:
