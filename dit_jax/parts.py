@@ -72,20 +72,22 @@ def gather(config: ConfigDict, workdir: Workdir) -> Parts:
     optimizer, learning_rate = build.make_optimizer(config)
     if config.deterministic and jax.default_backend() == "gpu" and DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
         notes.append(f"deterministic came too late for XLA: set XLA_FLAGS={DETERMINISTIC} before JAX is imported")
+    identity = {"data": source.fingerprint(), "vae": vae.sha256, "text_encoder": text_encoder.sha256}
     return Parts(
-        config,
-        workdir,
-        mesh,
-        source,
-        held_out,
-        vae,
-        preview,
-        text_encoder,
-        model,
-        process,
-        optimizer,
-        learning_rate,
-        notes,
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        source=source,
+        held_out=held_out,
+        vae=vae,
+        preview=preview,
+        text_encoder=text_encoder,
+        model=model,
+        process=process,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        identity=identity,
+        notes=notes,
     )
 
 
