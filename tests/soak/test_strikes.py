@@ -56,7 +56,8 @@ def test_thirty_signals(tmp_path, capsys):
 
 @pytest.mark.soak
 def test_ten_signals_that_come_twice(tmp_path, capsys):
-    phases = ["start", "compile", "step", "save", "sampling", "validation"]
+    """While a run has something to save: before its first step a first signal may end it sooner than the second comes."""
+    phases = ["step", "save", "sampling", "validation"]
     with capsys.disabled():
         strike_runs(tmp_path, 10, phases, [], [(SIGTERM, SIGTERM), (SIGINT, SIGINT), (SIGTERM, SIGUSR1)])
 
