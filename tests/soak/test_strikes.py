@@ -56,7 +56,7 @@ def test_thirty_signals(tmp_path, capsys):
 
 @pytest.mark.soak
 def test_ten_signals_that_come_twice(tmp_path, capsys):
-    """While a run has something to save: before its first step a first signal may end it sooner than the second comes."""
+    """While there is something to save: before the first step, the program may be gone when the second comes."""
     phases = ["step", "save", "sampling", "validation"]
     with capsys.disabled():
         strike_runs(tmp_path, 10, phases, [], [(SIGTERM, SIGTERM), (SIGINT, SIGINT), (SIGTERM, SIGUSR1)])
