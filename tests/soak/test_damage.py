@@ -54,11 +54,11 @@ def test_a_damaged_checkpoint_is_named_and_survived(
         run = shutil.copytree(tiny_run, tmp_path / str(i))
         step = run / "checkpoints" / "20"
         path = step / where if where else choose.choice(needed_files(step))
-        name = {None: path.relative_to(step).as_posix(), ".": "manifest.sha256", "metadata": "metadata/metadata"}[where]
+        name = {None: path.relative_to(step).as_posix(), ".": "manifest.sha256", "metadata": "metadata/"}[where]
         hurt(path, choose)
         train.run(tiny_config(sample_every="0"), run)
         said = capsys.readouterr().out
-        assert f"warning: checkpoint: step 20 is damaged: {name} " in said, (name, said)
+        assert f"warning: checkpoint: step 20 is damaged: {name}" in said, (name, said)
         assert f"set aside as {step}.corrupt" in said and "resuming from step 15" in said, said
         assert_same_run(tiny_run, run, 20)
         shutil.rmtree(run)
