@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dit_jax.config import is_export, load_config
 from dit_jax.errors import ConfigError
-from dit_jax.processes import Place
+from dit_jax.processes import ANYWHERE, Place
 from dit_jax.runtime import add_flags, read_overrides, run_program, set_up
 from dit_jax.stores import folder_of
 
@@ -37,8 +37,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--extend", action="store_true", help="let a run that is there become longer by a larger --config.total_steps"
     )
     parser.add_argument("--device", help="with --dry_run: what fits on a 4090, t4, h100, h200 or v5e")
-    several = parser.add_argument_group("several processes that are one run, with all three flags")
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 runs, and a free port there")
+    several = parser.add_argument_group("several processes that are one run, with all three flags or auto")
+    several.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT|auto",
+        help="where process 0 runs, and a free port there; auto: Slurm, Open MPI, Kubernetes or Cloud TPU says all",
+    )
     several.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
     several.add_argument("--process_id", type=int, metavar="I", help="which this one is, 0 to N - 1")
     add_flags(parser)
@@ -73,6 +77,8 @@ def read_place(coordinator: str | None, num_processes: int | None, process_id: i
     """
     if coordinator is None and num_processes is None and process_id is None:
         return None
+    if coordinator == ANYWHERE.coordinator and num_processes is None and process_id is None:
+        return ANYWHERE
     if coordinator is None or num_processes is None or process_id is None:
         raise ConfigError("--coordinator, --num_processes and --process_id go together: give all three, or none")
     host, _, port = coordinator.rpartition(":")

@@ -15,6 +15,7 @@ import os
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,9 @@ class Place(NamedTuple):
     coordinator: str
     num_processes: int
     process_id: int
+
+
+ANYWHERE = Place("auto", 0, 0)
 
 
 class _Group:
@@ -93,12 +97,13 @@ def own_file(path: Path) -> Path:
 
 
 def start(place: Place, patience: float = PATIENCE) -> None:
-    """Join the other processes; before anything else asks JAX for devices.
+    """Join the other processes; before anything else asks JAX for devices. The scheduler says where `ANYWHERE` is.
 
     Raises:
       LostError: they do not all come. From a thread, that ends the process: libraries of JAX may wait for them still.
       ConfigError: they do not have equally many devices.
     """
+    place, devices_here = _found(patience) if place == ANYWHERE else (place, None)
     if place.num_processes == 1:
         return
     import jax
@@ -114,7 +119,8 @@ def start(place: Place, patience: float = PATIENCE) -> None:
             place.coordinator,
             place.num_processes,
             place.process_id,
-            cluster_detection_method="deactivate",  # the flags say all; a scheduler's variables must not mix in
+            devices_here,
+            cluster_detection_method="deactivate",  # that was done, or must not mix in
             initialization_timeout=FOREVER,
             heartbeat_timeout_seconds=HEARTBEAT,
         )
@@ -133,6 +139,20 @@ def start(place: Place, patience: float = PATIENCE) -> None:
     devices = [sum(d.process_index == p for d in jax.devices()) for p in range(place.num_processes)]
     if len(set(devices)) > 1:
         raise ConfigError(f"the processes have {devices} devices, and must have equally many to share a batch")
+
+
+def _found(patience: float) -> tuple[Place, Sequence[int] | None]:
+    """Where the scheduler put this process, and which devices of its machine are its own; None: all of them."""
+    from jax._src.clusters import ClusterEnv  # Slurm, Open MPI, Kubernetes and Cloud TPU; it has no public name
+
+    found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(patience))
+    coordinator, num_processes, process_id, devices = found
+    if coordinator is None or num_processes is None or process_id is None:
+        raise ConfigError(
+            "--coordinator=auto finds neither Slurm (srun), Open MPI (mpirun), Kubernetes nor a Cloud TPU here; say"
+            " --coordinator=HOST:PORT --num_processes=N --process_id=I"
+        )
+    return Place(coordinator, num_processes, process_id), devices
 
 
 def _never_began(place: Place, patience: float) -> None:

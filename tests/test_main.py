@@ -76,6 +76,8 @@ def test_a_hub_id_without_a_network_says_how_to_go_on(capsys, tmp_path, key, fil
     ("flags", "says"),
     [
         (["--coordinator=localhost:1234"], "--coordinator, --num_processes and --process_id go together"),
+        (["--coordinator=auto", "--process_id=0"], "--coordinator, --num_processes and --process_id go together"),
+        (["--coordinator=auto"], "--coordinator=auto finds neither Slurm (srun), Open MPI (mpirun), Kubernetes nor a"),
         (["--num_processes=2", "--process_id=0"], "--coordinator, --num_processes and --process_id go together"),
         (["--coordinator=localhost", "--num_processes=2", "--process_id=0"], "--coordinator is 'localhost'"),
         (
