@@ -328,9 +328,12 @@ def take_over(config: ConfigDict, workdir: Path, extend: bool) -> None:
         config.latents = old.latents
     longer = config.total_steps > old.total_steps
     if longer and extend:
-        old.total_steps = config.total_steps
+        if old.warmup_steps == old.total_steps // 10:  # it was cut to that, and is over
+            config.warmup_steps = old.warmup_steps
+        old.total_steps, old.total_epochs = config.total_steps, config.total_epochs
     changed = differences(old, config)
-    if longer and not extend and len(changed) == 1:
+    of_length = ("total_steps:", "total_epochs:", "warmup_steps:")
+    if longer and not extend and all(one.startswith(of_length) for one in changed):
         raise ConfigError(
             f"{workdir} belongs to a run of {old.total_steps} steps, not {config.total_steps}: add --extend to make it"
             " longer (the learning rate then goes on as if it had been from the start), or set total_steps back"

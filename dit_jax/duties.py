@@ -1,45 +1,33 @@
 """What a run does beside its steps, and when: it scores its parameters, and draws grids of samples with them.
 
-Each is something to do, given parameters and a step, and a look whether it was done at a step, whichever process did
-it: see `dit_jax.training.loop.Duty`.
+`make_duties` says when, and whether it was done at a step, whichever process did it; `score` and `draw_samples` do it.
 """
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
 from dit_jax import processes
 from dit_jax.drawing.pictures import make_grid, save_png
 from dit_jax.drawing.pipeline import Pipeline
+from dit_jax.training.loop import Duty
 from dit_jax.training.validation import NAME, Validation, as_row, in_words
-from dit_jax.training.writer import Writer, has_row
+from dit_jax.training.writer import METRICS, Writer, row_of
 from dit_jax.workdir import Workdir
 
 
-class Due(NamedTuple):
-    """What is due when: every so many steps, 0 for never, and at the last step of the run too."""
-
-    save_every: int
-    validate_every: int
-    sample_every: int
-    total_steps: int
-
-    def saves(self, step: int) -> bool:
-        """Whether the state is saved after a step, even if the run goes on."""
-        return _is_multiple(step, self.save_every)
-
-    def validates(self, step: int) -> bool:
-        """Whether a step is followed by a validation."""
-        return self.validate_every > 0 and (step == self.total_steps or _is_multiple(step, self.validate_every))
-
-    def samples(self, step: int) -> bool:
-        """Whether a step is followed by a grid of samples."""
-        return self.sample_every > 0 and (step == self.total_steps or _is_multiple(step, self.sample_every))
+def make_duties(config: ConfigDict, workdir: Workdir) -> tuple[Duty, Duty]:
+    """When a run is scored, and when samples are drawn; both at the last step too."""
+    validation = Duty(config.validate_every, config.total_steps, functools.partial(_is_scored, workdir.folder))
+    samples = Duty(config.sample_every, config.total_steps, functools.partial(_is_drawn, workdir))
+    return validation, samples
 
 
 def score(validation: Validation | None, writer: Writer, params: Any, step: int) -> str:
@@ -51,11 +39,6 @@ def score(validation: Validation | None, writer: Writer, params: Any, step: int)
     return f"validation step={step} {in_words(errors)} in {time.monotonic() - begin:.1f} s"
 
 
-def is_scored(workdir: Path, step: int) -> bool:
-    """Whether the parameters of a step were validated."""
-    return processes.of_first(has_row(workdir / "metrics.jsonl", step, NAME))
-
-
 def draw_samples(
     pipeline: Pipeline, prompts: Sequence[str], workdir: Workdir, writer: Writer, params: Any, step: int
 ) -> str:
@@ -63,7 +46,7 @@ def draw_samples(
 
     Of several processes the first draws, with its own copy of the parameters, and the others wait.
     """
-    name = grid_of(step)
+    name = _grid_of(step)
     if processes.is_first():
         pipeline.params, pipeline.trained = processes.own_copy(params), replace(pipeline.trained, step=step)
         pixels = pipeline.draw(prompts, range(len(prompts)))
@@ -76,15 +59,14 @@ def draw_samples(
     return f"samples of step {step}: {workdir.place / name}"
 
 
-def is_drawn(workdir: Workdir, step: int) -> bool:
-    """Whether the grid of a step is there."""
-    return processes.of_first(workdir.has(grid_of(step)))
+def _is_scored(folder: Path, step: int) -> bool:
+    return processes.of_first(processes.is_first() and NAME in row_of(folder / METRICS, step))
 
 
-def grid_of(step: int) -> str:
+def _is_drawn(workdir: Workdir, step: int) -> bool:
+    return processes.of_first(processes.is_first() and workdir.has(_grid_of(step)))
+
+
+def _grid_of(step: int) -> str:
     """Where the grid of a step lies in the workdir."""
     return f"samples/{step:08d}.png"
-
-
-def _is_multiple(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

@@ -67,6 +67,10 @@ class LostError(UserError):
     kind = "lost"
 
 
+class Told(BaseException):
+    """A scheduler's signal, by its name; no Exception, so that nothing on the way takes it for one."""
+
+
 class PreemptedError(UserError):
     """The program was told to end before it was done; what it had done is saved, and it can be started again."""
 

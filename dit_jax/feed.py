@@ -128,9 +128,8 @@ def open_feed(
             longest = first[int(full.argmax())].caption
             say_long(int(full.sum()), longest, text_encoder.length, say, f" of the first {len(first)}")
 
-            def records(step: int) -> np.ndarray:
-                B = config.batch_size
-                return np.array([samples[k].used for k in range(step * B, (step + 1) * B)])
+            def records(step: int) -> np.ndarray:  # whose turn it was; what stood in for bad ones is in their list
+                return order.indices(np.arange(step * config.batch_size, (step + 1) * config.batch_size))
 
             def encoded_batches(start: int, stop: int, rows: range) -> Generator[EncodedBatch, None, None]:
                 how = THREADS, data.workers, data.patience

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dit_jax import processes
-from dit_jax.errors import SIGNALS, ConfigError, PreemptedError, UserError, WorkdirError
+from dit_jax.errors import SIGNALS, ConfigError, PreemptedError, Told, UserError, WorkdirError
 from dit_jax.processes import Place
 
 INTERNAL = 1
@@ -41,10 +41,6 @@ INTERRUPTED = 130
 INSIST_EVERY = 0.5  # seconds after which what a signal raised is raised again, if it is lost
 # What a full disk is called by the system and by tensorstore, whose messages begin with RESOURCE_EXHAUSTED too.
 DISK_FULL = ("No space left", "os_error_code='28'", "Disk quota")
-
-
-class _Told(BaseException):
-    """A scheduler's signal, by its name; no error, so that nothing on the way takes it for one."""
 
 
 class _Ending:
@@ -64,8 +60,12 @@ class _Ending:
 
     def __call__(self, number: int, _: Any) -> None:
         """The handler."""
+        if isinstance(sys.exception(), PreemptedError | KeyboardInterrupt) and self.told is None:
+            os._exit(128 + number)  # `dit_jax.training.stop` obeyed the first
         if self.told is None:
-            self.told = KeyboardInterrupt() if number == signal.SIGINT else _Told(signal.Signals(number).name)
+            self.told = KeyboardInterrupt() if number == signal.SIGINT else Told(signal.Signals(number).name)
+            if self.over:
+                return  # it ends anyway
             _thread.start_new_thread(self._insist, (number,))  # takes no lock that this thread may hold
             raise self.told
         if not self._insists:
@@ -137,14 +137,14 @@ def run_program(main: Callable[[], None], show_traceback: bool, less_memory: str
     try:
         try:
             main()
-            processes.finish()
         finally:
             ending.over = True
+        processes.finish()
     except UserError as error:
         _end(f"{error.kind}: {error}", error.exit_code, show_traceback, error.of_all)
     except KeyboardInterrupt as error:
         _end_told(error, show_traceback)
-    except _Told as told:
+    except Told as told:
         _end_told(told, show_traceback)
     except Exception as error:
         if ending.told is not None:
@@ -199,7 +199,7 @@ def _end_told(told: BaseException, show_traceback: bool) -> NoReturn:
     if isinstance(told, KeyboardInterrupt):
         agreed = bool(str(told))  # by `dit_jax.training.stop`, which says where the run stands
         _end_at_once(": ".join(filter(None, ["interrupted", str(told)])), INTERRUPTED, show_traceback, agreed)
-    line = f"{PreemptedError.kind}: {told}; what was done is kept, the same command goes on"
+    line = f"{PreemptedError.kind}: {told}; start the same command again"
     _end_at_once(line, PreemptedError.exit_code, show_traceback, False)
 
 

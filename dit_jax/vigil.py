@@ -85,6 +85,10 @@ class Vigil:
 
         A collective fails as soon as a socket closes, which is before it is known why.
         """
+        import jax
+
+        if not isinstance(error, jax.errors.JaxRuntimeError):
+            return
         if any(sign in str(error) for sign in CUT):
             time.sleep(GRACE)
             self._lost("it closed its connection")

@@ -8,15 +8,20 @@ changed are brought to the bucket whole; a run that is resumed fetches them firs
 never lost, and later ones would be cut off anyway.
 """
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TextIO
 
 from dit_jax import stores
+from dit_jax.errors import ConfigError
 
 CHECKPOINTS = "checkpoints"
+LOCK = "LOCK"  # empty; who trains holds it
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what disks say that have no locks
 NOT_BROUGHT = ("wandb",)  # Weights & Biases has it
 
 
@@ -32,11 +37,41 @@ class Workdir:
     place: Path
     folder: Path
     _there: dict[str, tuple[int, int]] = field(default_factory=dict)  # path -> bytes and time of what is in the bucket
+    _lock: TextIO | None = None
 
     @property
     def checkpoints(self) -> Path:
         """Where the checkpoints are."""
         return self.place / CHECKPOINTS
+
+    def lock(self) -> None:
+        """Keep other runs out until this process ends, however it does; buckets and some networks' disks cannot.
+
+        Raises:
+          ConfigError: another run is there.
+          OSError: nothing can be written there.
+        """
+        if self._lock is not None or self.folder != self.place:
+            return
+        self._lock = (self.folder / LOCK).open("w")
+        with suppress(ImportError):  # Windows has no such locks
+            import fcntl
+
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ConfigError(
+                    f"another process trains in {self.place}: end it, or give another --workdir"
+                ) from error
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+
+    def unlock(self) -> None:
+        """Let others in."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def has(self, name: str) -> bool:
         """Whether a file is there by its path in the workdir."""
@@ -76,7 +111,11 @@ def open_workdir(place: Path) -> Iterator[Workdir]:
       FetchError: the bucket cannot be reached.
     """
     if not stores.in_bucket(place):
-        yield Workdir(place, place)
+        workdir = Workdir(place, place)
+        try:
+            yield workdir
+        finally:
+            workdir.unlock()
         return
     stores.reach(place)
     with TemporaryDirectory(prefix="dit_jax-") as folder:

@@ -23,7 +23,7 @@ ROOMS = {"training", "metrics"}  # layer 2
 # layer 4
 PROGRAMS = {"sample", "evaluate", "train", "dry_run", "precompute", "export", "serve", "doctor", "bench", "__main__"}
 # layer 3
-MIDDLE = {"config", "resolve", "build", "feed", "stored", "drawing", "runtime", "workdir", "duties"}
+MIDDLE = {"config", "resolve", "build", "feed", "stored", "drawing", "runtime", "workdir", "duties", "parts"}
 BELOW_PROGRAMS = LEAVES | LIBRARIES | ROOMS | MIDDLE
 
 MAY_IMPORT = {
@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "drawing": LEAVES | LIBRARIES | {"config", "resolve", "build", "stored"},  # prompts in, pictures out
     "runtime": LEAVES,  # how programs start and end
     "workdir": LEAVES,  # where a run lies
+    "parts": LEAVES | {"data", "diffusion", "encoders", "models", "build", "resolve", "runtime", "workdir"},
     "duties": LEAVES | {"training", "drawing", "workdir"},  # what a run does beside its steps
     **{program: BELOW_PROGRAMS | {"sample"} for program in PROGRAMS},
     "train": BELOW_PROGRAMS | {"evaluate"},

@@ -85,8 +85,8 @@ run_program(main, False, "")
     ("first", "second", "code", "closes", "says"),
     [
         ("SIGINT", 0, 130, True, "interrupted"),
-        ("SIGTERM", 0, 75, True, "preempted: SIGTERM; what was done is kept"),
-        ("SIGUSR1", 0, 75, True, "preempted: SIGUSR1; what was done is kept"),
+        ("SIGTERM", 0, 75, True, "preempted: SIGTERM; start the same command again"),
+        ("SIGUSR1", 0, 75, True, "preempted: SIGUSR1; start the same command again"),
         ("SIGTERM", int(signal.SIGTERM), 143, False, ""),
         ("SIGTERM", int(signal.SIGINT), 130, False, ""),
     ],
@@ -124,8 +124,8 @@ run_program(main, False, "")
 @pytest.mark.parametrize(
     ("instead", "then", "says"),
     [
-        ("pass", "time.sleep(30)", "preempted: SIGTERM; what was done is kept"),
-        ("raise ImportError('an extension did not load')", "pass", "preempted: SIGTERM; what was done is kept"),
+        ("pass", "time.sleep(30)", "preempted: SIGTERM; start the same command again"),
+        ("raise ImportError('an extension did not load')", "pass", "preempted: SIGTERM; start the same command again"),
         (
             "pass",
             "with Stop(None, None) as stop: time.sleep(2); stop.agreed() and stop.end(7)",

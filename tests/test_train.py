@@ -71,6 +71,19 @@ def test_slices_of_batches_and_workers_change_nothing_of_that(tmp_path):
     assert_same_run(whole, parts, 8)
 
 
+def test_two_runs_at_a_time_do_not_share_a_workdir(tmp_path):
+    first = []
+
+    def second(step, row):
+        if step == 1 and not first:
+            first.append(step)
+            with pytest.raises(ConfigError, match=f"another process trains in {tmp_path}"):
+                train_tiny(tmp_path, total_steps="2", sample_every="0")
+
+    train.run(tiny_config(total_steps="2", sample_every="0"), tmp_path, second)
+    assert first == [1]
+
+
 def test_twice_the_same_seed_is_the_same_run_and_another_seed_is_not(tiny_run, tmp_path):
     assert_same_run(tiny_run, train_tiny(tmp_path / "same"), 20)
     other = leaves(train_tiny(tmp_path / "other", seed="1"), 20)
@@ -325,7 +338,7 @@ def test_a_run_that_is_resumed_has_the_rows_of_one_that_is_not(validated, tmp_pa
     assert_same_run(validated[0], tmp_path, 10)
 
 
-def test_a_run_killed_while_a_step_is_saved_goes_on_with_all_of_its_rows(validated, tmp_path, monkeypatch):
+def test_a_step_is_scored_before_it_is_saved(validated, tmp_path, monkeypatch):
     """Whatever is on disk when a step is saved must hold what came before."""
 
     def killed(self, state, identity):

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from dit_jax import processes, stores
-from dit_jax.errors import CheckpointError, WorkdirError
+from dit_jax.errors import CheckpointError, FetchError, UserError, WorkdirError
 from dit_jax.training import formats, manifest
 from dit_jax.training.saved_steps import (
     FORMAT,
@@ -70,10 +70,14 @@ class Best(NamedTuple):
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """For every checkpoint that there is whether it stays."""
-        errors = self.errors()
-        scored = sorted((errors[info.step], info.step) for info in checkpoints if info.step in errors)
-        best = {step for _, step in scored[: self.keep]}
+        best = self.of([info.step for info in checkpoints])
         return [info.step in best for info in checkpoints]
+
+    def of(self, steps: Sequence[int]) -> set[int]:
+        """The best of some steps."""
+        errors = self.errors()
+        scored = sorted((errors[step], step) for step in steps if step in errors)
+        return {step for _, step in scored[: self.keep]}
 
 
 NO_BEST = Best(0, dict)
@@ -103,7 +107,7 @@ class Checkpoints:
         self.directory = stores.absolute(directory)
         self._before_commit = before_commit
         if processes.is_first():
-            for left in [*unfinished(self.directory), *half_deleted(self.directory, keep_latest, keep_every)]:
+            for left in [*unfinished(self.directory), *half_deleted(self.directory, keep_latest, keep_every, best.of)]:
                 stores.remove(left)
         processes.barrier()
         # the whole policy is written out: Orbax drops recency when only a part of it is given
@@ -218,23 +222,28 @@ class Checkpoints:
     def _loud(self) -> Iterator[None]:
         """A failure of the system in a save, which Orbax raises when it is waited for, is an error of the workdir.
 
-        So is whatever happens on the way to a bucket, where every library has errors of its own.
+        Whatever happens on the way to a bucket is one of the network: every library there has errors of its own.
         """
         try:
             yield
+        except UserError:
+            raise
         except Exception as error:
-            reason = _system_reason(error)
-            if reason is None and stores.in_bucket(self.directory):
+            pending, self._pending = self._pending, None
+            what = f"the save of step {pending[0]}" if pending else "saving"
+            if stores.in_bucket(self.directory):
                 reason = " ".join(str(error).split())[:SHOWN] or type(error).__name__
-            if reason is None:
+                raise FetchError(f"{what} failed: {reason}; start again: the run goes on {self._from()}") from error
+            if (said := _system_reason(error)) is None:
                 raise
-            step, self._pending = self._pending, None
-            raise WorkdirError(f"the save of step {step and step[0]} failed: {reason}; {self._goes_on()}") from error
+            raise WorkdirError(f"{what} failed: {said}; {self._goes_on()}") from error
 
     def _goes_on(self) -> str:
+        return f"make room in {self.directory}, or make it writable, and start again: the run goes on {self._from()}"
+
+    def _from(self) -> str:
         whole = [step for step in steps_of(self.directory) if not verify(self.directory, step, "fast", ITEMS).problems]
-        where = f"from step {whole[-1]}, the last that is saved" if whole else "from the beginning"
-        return f"make room in {self.directory}, or make it writable, and start again: the run goes on {where}"
+        return f"from step {whole[-1]}, the last that is saved" if whole else "from the beginning"
 
     def _write_manifest(self) -> None:
         """Orbax calls this in its thread when a step is written and not committed yet."""

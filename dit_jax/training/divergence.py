@@ -82,9 +82,9 @@ def diverged(
     norms = block_norms(step, state, batch)
     row = {name: np.asarray(value).item() for name, value in metrics.items()}
     length = row["skipped_in_a_row"]
-    bad = records(range(number - length + 1, number + 1))
     path = workdir / FOLDER / f"{number:08d}.json"
     if processes.is_first():
+        bad = records(range(number - length + 1, number + 1))
         path.parent.mkdir(exist_ok=True)
         write_whole(path, json.dumps(_finite({"step": number, **row, "records": bad, "norms": norms}), indent=2) + "\n")
     return DivergedError(

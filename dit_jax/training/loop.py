@@ -28,21 +28,25 @@ Batch = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class Duty:
-    """Something that belongs to some steps, beside training.
+    """When something is due that a run does beside its steps.
 
     Attributes:
-      due: whether it belongs to a step.
+      every: so many steps; 0 is never.
+      last: the last step of the run, where it is due too.
       performed: whether it was done at a step, perhaps by an earlier process.
-      perform: parameters and step -> what to say of it.
     """
 
-    due: Callable[[int], bool]
+    every: int
+    last: int
     performed: Callable[[int], bool]
-    perform: Callable[[Any, int], str]
+
+    def due(self, step: int) -> bool:
+        """Whether it belongs to a step."""
+        return self.every > 0 and (step == self.last or is_multiple(step, self.every))
 
     def owed(self, step: int) -> bool:
         """Whether it belongs to a step and was not done."""
-        return self.due(step) and not self.performed(step)
+        return step > 0 and self.due(step) and not self.performed(step)
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,9 @@ class Loop:
     Attributes:
       train_steps: by the latent grid of a batch; state and batch -> state and metrics.
       batches: one a step, on the devices.
-      saves: whether the state is saved after a step although the run goes on.
-      validate, draw: what else belongs to some steps.
+      save_every: steps; 0 saves only where the run ends.
+      validation, samples: when these are due.
+      validate, draw: parameters and step -> what to say of it.
       checkpoints: where the state is saved.
       metadata: saved with every checkpoint.
       progress, status: what is said of the run.
@@ -65,9 +70,11 @@ class Loop:
 
     train_steps: Mapping[tuple[int, ...], Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]]
     batches: Iterator[Batch]
-    saves: Callable[[int], bool]
-    validate: Duty
-    draw: Duty
+    save_every: int
+    validation: Duty
+    samples: Duty
+    validate: Callable[[Any, int], str]
+    draw: Callable[[Any, int], str]
     checkpoints: Checkpoints
     metadata: dict[str, Any]
     progress: Progress
@@ -90,20 +97,19 @@ class Loop:
         """
         self.progress.restart()
         step = steps.start - 1
-        if step:
-            for duty in (self.validate, self.draw):
-                if duty.owed(step):
-                    self._perform(duty, state, step)
-            if self._owes(step):  # a signal broke it off; who goes on from a later step would not look for it
-                self.stop.end(step)
+        for duty, perform in ((self.validation, self.validate), (self.samples, self.draw)):
+            if duty.owed(step):
+                self._perform(perform, state, step)
+        if self._owes(step):  # a signal broke it off; who goes on from a later step would not look for it
+            self.stop.end(step)
         for step in steps:
             state = self._step(state, step)
-            if self.validate.due(step):  # before it is saved: how good a step is decides how long it is kept
+            if self.validation.due(step):  # before it is saved: how good a step is decides how long it is kept
                 self._perform(self.validate, state, step)
-            saved = step == steps[-1] or (self.saves(step) and not self._was_skipped(step))
+            saved = step == steps[-1] or (is_multiple(step, self.save_every) and not self._was_skipped(step))
             if saved:
                 self._save(state, step)
-            if self.draw.due(step):
+            if self.samples.due(step):
                 self._perform(self.draw, state, step)
             self._report(self.checkpoints.committed())
             if self.stop.agreed():
@@ -113,12 +119,13 @@ class Loop:
         with self._aside():
             self.checkpoints.wait()
         self._report(self.checkpoints.committed())
-        if step + 1 < steps.stop or self._owes(step):
+        stopped_early, broken_off = step + 1 < steps.stop, self._owes(step)
+        if stopped_early or broken_off:
             self.stop.end(step)
         return state
 
     def _owes(self, step: int) -> bool:
-        return self.validate.owed(step) or self.draw.owed(step)
+        return self.validation.owed(step) or self.samples.owed(step)
 
     def _step(self, state: TrainState, step: int) -> TrainState:
         self.watchdog.begin(step)
@@ -126,22 +133,24 @@ class Loop:
             batch = next(self.batches)
         state, metrics = self.train_steps[batch["mean"].shape[1:3]](state, batch)
         self.progress.step(step, metrics)
-        if self.progress.skipped_in_a_row + 1 >= self.max_skipped_in_a_row:
+        if self.progress.skipped_in_a_row >= self.max_skipped_in_a_row - 1:  # this step may be the last
             self.progress.flush()
         if self.progress.skipped_in_a_row >= self.max_skipped_in_a_row:
-            raise self.diverged(replace(state, step=state.step - 1), batch, step, metrics)  # nothing else has changed
+            before = replace(state, step=state.step - 1)  # nothing else has changed
+            with self._aside():
+                raise self.diverged(before, batch, step, metrics)
         self.status.done(step, self.progress.productive)
         return state
 
-    def _perform(self, duty: Duty, state: TrainState, step: int) -> None:
+    def _perform(self, perform: Callable[[Any, int], str], state: TrainState, step: int) -> None:
         """Do what belongs to a step; a signal breaks it off."""
         with self._aside():
-            said = self.stop.unless_told(lambda: duty.perform(state.ema, step))
+            said = self.stop.unless_told(lambda: perform(state.ema, step))
             if said is not None:
                 self.progress.say(said)
 
     def _was_skipped(self, step: int) -> bool:
-        """Whether a step is one of a row of bad ones; it need not be saved, as an older one may be deleted for it."""
+        """Whether a step is one of a row of bad ones, and say so; it need not be saved, and an older one go for it."""
         self.progress.flush()
         if self.progress.skipped_in_a_row:
             self.progress.say(f"step={step} was skipped and is not saved: its state is that of the step before")
@@ -162,3 +171,8 @@ class Loop:
         """Time that is not training; every step before it has ended."""
         with self.progress.aside(), self.watchdog.resting():
             yield
+
+
+def is_multiple(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens at this one."""
+    return every > 0 and step % every == 0

@@ -10,7 +10,7 @@ A step is verified before it is used. Steps of before there were manifests canno
 Nothing here knows how the arrays are stored: `dit_jax.training.checkpoint` does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,10 +73,15 @@ def unfinished(directory: Path) -> list[Path]:
     return [directory / name for name in sorted(names - whole) if name.isdigit()]
 
 
-def half_deleted(directory: Path, keep_latest: int, keep_every: int) -> list[Path]:
-    """Steps that a process began to delete: not all of it is there any more, and it is not one that is kept."""
+def half_deleted(
+    directory: Path, keep_latest: int, keep_every: int, best: Callable[[Sequence[int]], set[int]]
+) -> list[Path]:
+    """Steps that a process began to delete: not all of it is there any more, and it is not one that is kept.
+
+    ``best`` says which of some steps are kept because they are good.
+    """
     steps = steps_of(directory)
-    kept = {*steps[-keep_latest:], *(step for step in steps if keep_every and step % keep_every == 0)}
+    kept = {*steps[-keep_latest:], *(step for step in steps if keep_every and step % keep_every == 0), *best(steps)}
     problems = {step: verify(directory, step, "fast", ITEMS).problems for step in steps if step not in kept}
     return [directory / str(step) for step, found in problems.items() if found]
 

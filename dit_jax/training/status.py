@@ -1,7 +1,7 @@
 """``STATUS.json``: how a run is, for scripts and for people who look in from outside.
 
-    state               training | done | stopped (at stop_at_step) | preempted | interrupted | diverged | stalled
-                        | failed
+    state               starting | training | done | stopped (at stop_at_step) | preempted | interrupted | diverged
+                        | stalled | failed
     step total_steps    the last step that was done, and the last that there is
     reason              why it ended; empty while it trains and when it is done
     restarts            how many processes were there before this one
@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from dit_jax import processes
-from dit_jax.errors import DivergedError, PreemptedError
+from dit_jax.errors import DivergedError, PreemptedError, Told
 from dit_jax.files import read_json, write_whole
 
 NAME = "STATUS.json"
 EVERY = 5.0  # seconds between two writes of one state
+ENDS = {DivergedError: "diverged", PreemptedError: "preempted", Told: "preempted", KeyboardInterrupt: "interrupted"}
 
 
 class Status:
@@ -44,35 +45,34 @@ class Status:
     """
 
     def __init__(self, workdir: Path, start: int, total_steps: int, productive: float, begun: datetime):
-        self._path = workdir / NAME
-        self.before = _read(self._path)
-        self._before, self._productive, self._written = productive, productive, 0.0
+        self._path, self._state = workdir / NAME, ""
+        self.earlier = _read(self._path)
+        self._spent, self._productive, self._written = productive, productive, 0.0
         self._step, self._total = start, total_steps
-        self._restarts = self.before["restarts"] + 1 if self.before else 0
-        self._begun = self.before.get("begun") or _written(begun)
+        self._restarts = self.earlier["restarts"] + 1 if self.earlier else 0
+        self._begun = self.earlier.get("begun") or _written(begun)
 
     def __enter__(self) -> "Status":
-        self._write("training", "")
+        self._write("starting", "")
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
         if error is None:
             self._write("done" if self._step == self._total else "stopped", "")
             return
-        states = {DivergedError: "diverged", PreemptedError: "preempted", KeyboardInterrupt: "interrupted"}
         with contextlib.suppress(OSError):  # of a full disk: the error itself says it
-            self._write(states.get(kind, "failed"), str(error) or kind.__name__)
+            self._write(ENDS.get(kind, "failed"), str(error) or kind.__name__)
 
     def done(self, step: int, productive: float) -> float:
         """A step was done, after so many seconds of training in this process; returns those of the whole run."""
-        self._step, self._productive = step, self._before + productive
-        if time.monotonic() - self._written >= EVERY:
+        self._step, self._productive = step, self._spent + productive
+        if self._state != "training" or time.monotonic() - self._written >= EVERY:
             self._write("training", "")
         return self._productive
 
     def settle(self) -> None:
-        """Nothing is left to do; put right what a process says that was killed at its very end."""
-        if self.before.get("state") == "training":
+        """Nothing is left to do; put right what a process says that did not come to its very end."""
+        if self.earlier.get("state") not in ("done", "stopped"):
             self.__exit__(None, None, None)
 
     def stalled(self, reason: str) -> None:
@@ -80,7 +80,7 @@ class Status:
         self._write("stalled", reason)
 
     def _write(self, state: str, reason: str) -> None:
-        self._written = time.monotonic()
+        self._state, self._written = state, time.monotonic()
         if not processes.is_first():
             return
         begun = datetime.fromisoformat(self._begun)

@@ -11,7 +11,7 @@ and hears what any was (`Stop.agreed`, `dit_jax.processes.Agreement`).
 
 A scheduler sends SIGTERM or SIGUSR1 before it takes a machine away, and starts the program again where that ends with
 75. What is under way beside the steps, such as a grid of samples, is broken off (`Stop.unless_told`) and made good by
-the process that goes on.
+the process that goes on; several processes do it to its end, as they do it together.
 """
 
 import os
@@ -98,6 +98,10 @@ class Stop:
             return result
         except _BreakOff:
             return None
+        except Exception:
+            if self._signalled:  # libraries make errors of their own of what breaks them off
+                return None
+            raise
         finally:
             self._inside = False
 

@@ -4,7 +4,7 @@ A step that does not end is a collective that waits for a process that is gone, 
 Nothing raises an error there, and a machine may stand idle for days. So a thread looks once a second, and when a step
 has taken longer than `Watchdog` is patient and than `FACTOR` times the usual step, it writes
 
-    logs/stalled-step<step>-pid<pid>.txt     the stack of every thread, as `faulthandler` shows it
+    logs/stalled-step<step>-process<i>.txt     the stack of every thread, as `faulthandler` shows it
 
 and ends the process with exit code 9, as there is nobody else who could. What comes between steps is not timed: data
 have a patience of their own, validation and samples take as long as they take.
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dit_jax import processes
 from dit_jax.errors import LostError
 
 FACTOR = 20  # times the median of the last steps
@@ -82,7 +83,7 @@ class Watchdog:
                 self._end(seconds, limit)
 
     def _end(self, seconds: float, limit: float) -> None:
-        path = self._folder / f"stalled-step{self._step}-pid{os.getpid()}.txt"
+        path = self._folder / f"stalled-step{self._step}-process{processes.index()}.txt"
         usual = statistics.median(self._seconds)
         reason = (
             f"step {self._step} has not ended after {seconds:.0f} s (the usual one takes {usual:.2g} s, the limit is"
@@ -97,4 +98,5 @@ class Watchdog:
             last_words.join(LAST_WORDS)
         finally:
             print(f"{LostError.kind}: {reason}", file=sys.stderr, flush=True)
+            processes.leave(reason, LostError.exit_code)
             os._exit(LostError.exit_code)

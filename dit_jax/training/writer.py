@@ -17,6 +17,8 @@ import numpy as np
 from dit_jax.files import read_rows, write_whole
 from dit_jax.training.tensorboard import Board
 
+METRICS, TIMING = "metrics.jsonl", "timing.jsonl"  # in a workdir
+
 Watch = Callable[[int, dict[str, float] | np.ndarray], None]
 
 
@@ -28,9 +30,13 @@ def truncate_rows(path: Path, last_step: int) -> None:
     write_whole(path, "".join(line + "\n" for line in kept))
 
 
-def has_row(path: Path, step: int, name: str) -> bool:
-    """Whether a JSON-lines file has something by a name at a step."""
-    return path.exists() and any(row["step"] == step and name in row for _, row in read_rows(path))
+def row_of(path: Path, step: int) -> dict[str, Any]:
+    """All that a JSON-lines file has of a step, in one row."""
+    found: dict[str, Any] = {}
+    for _, row in read_rows(path) if path.is_file() else ():
+        if row.get("step") == step:
+            found |= row
+    return found
 
 
 def figures(path: Path, name: str) -> dict[int, float]:
@@ -54,9 +60,9 @@ class Writer:
     """
 
     def __init__(self, workdir: Path, step: int, wandb_project: str, config: dict[str, Any], watch: Watch | None):
-        for name in ("metrics.jsonl", "timing.jsonl"):
+        for name in (METRICS, TIMING):
             truncate_rows(workdir / name, step)
-        self._metrics, self._timing = workdir / "metrics.jsonl", workdir / "timing.jsonl"
+        self._metrics, self._timing = workdir / METRICS, workdir / TIMING
         self._board = Board(workdir / "tb", step)
         self._watch = watch
         self._wandb = None

@@ -1,5 +1,6 @@
 """A run that does not fit on its disk is told before it begins, with what it needs and what there is."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -65,7 +66,8 @@ def test_a_run_without_room_ends_before_it_writes_anything(disk, tmp_path, capsy
     with pytest.raises(WorkdirError, match=r"takes 0\.000 GiB|takes 0\.001 GiB"):
         train.run(tiny_config(), tmp_path / "run")
     assert "encoding" not in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints", "LOCK", "STATUS.json"}
+    assert json.loads((tmp_path / "run" / "STATUS.json").read_text())["state"] == "failed"
 
 
 def test_a_workdir_that_cannot_be_written_to_is_told_before_anything_is_done(tmp_path):

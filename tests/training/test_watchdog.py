@@ -29,7 +29,7 @@ def test_a_step_that_does_not_end_ends_the_process_with_its_stacks(tmp_path):
     done = subprocess.run([sys.executable, "-c", STALLS, str(tmp_path)], capture_output=True, text=True, timeout=30)
     assert done.returncode == 9
     (stacks,) = (tmp_path / "logs").iterdir()
-    assert stacks.name.startswith("stalled-step3-pid") and "a_collective_that_waits" in stacks.read_text()
+    assert stacks.name.startswith("stalled-step3-process0") and "a_collective_that_waits" in stacks.read_text()
     assert done.stderr.startswith("lost: step 3 has not ended after ") and str(stacks) in done.stderr
     assert (tmp_path / "said").read_text() in done.stderr
 
