@@ -20,6 +20,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -49,6 +50,9 @@ class _Ending:
     The first raises an exception. Callbacks of libraries lose exceptions now and then, so that it is raised again until
     it is on its way; and what is being imported makes an ImportError of it, so that `told` is kept.
 
+    Python's handlers wait for its next instruction, and so for a compiler or a device. Therefore a thread counts the
+    signals that the process gets, and ends it at the second one.
+
     Attributes:
       told: what was raised; None before the first signal.
       over: whether the program is through with what it does, and only says how it ended.
@@ -57,6 +61,36 @@ class _Ending:
     def __init__(self) -> None:
         self.told: BaseException | None = None
         self.over = self._insists = False
+        self._own = 0  # signals that `_insist` sent, and that were not counted yet
+
+    @contextlib.contextmanager
+    def in_charge(self) -> Iterator[None]:
+        """Have signals come here."""
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        before = {number: signal.signal(number, self) for number in SIGNALS}
+        wakes = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._count, args=(reader,), daemon=True).start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(wakes)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            writer.close()
+
+    def _count(self, reader: socket.socket) -> None:
+        """End the process at the second signal; return when nobody is in charge any more."""
+        with reader:
+            came = 0
+            while numbers := reader.recv(64):
+                for number in numbers:
+                    if self._own:
+                        self._own -= 1
+                    elif number in SIGNALS:
+                        came += 1
+                        if came > 1:
+                            os._exit(128 + number)
 
     def __call__(self, number: int, _: Any) -> None:
         """The handler."""
@@ -82,6 +116,7 @@ class _Ending:
             ours = self._insists = signal.getsignal(number) == self
             if self.over:
                 return
+            self._own += 1
             if hasattr(signal, "pthread_kill"):  # Windows has none, and waits until what blocks is over
                 signal.pthread_kill(threading.main_thread().ident or 0, number)
             else:
@@ -133,7 +168,11 @@ def run_program(main: Callable[[], None], show_traceback: bool, less_memory: str
     ``less_memory`` is what the user of this program can do when the device's memory is not enough.
     """
     ending = _Ending()
-    before = {number: signal.signal(number, ending) for number in SIGNALS}
+    with ending.in_charge():
+        _run(main, ending, show_traceback, less_memory)
+
+
+def _run(main: Callable[[], None], ending: _Ending, show_traceback: bool, less_memory: str) -> None:
     try:
         try:
             main()
@@ -160,9 +199,6 @@ def run_program(main: Callable[[], None], show_traceback: bool, less_memory: str
                 processes.leave(repr(error), INTERNAL)
             raise
         _end(f"out of memory: the device cannot hold this; {less_memory}", OUT_OF_MEMORY, show_traceback, False)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -167,3 +167,25 @@ print(jax.jit(lambda x: x + 1)(1))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
+
+
+BUSY = """
+import hashlib
+from dit_jax.runtime import run_program
+
+def main():
+    print("busy", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"as a compiler", b"no handler runs meanwhile", 10**9)
+
+run_program(main, False, "")
+"""
+
+
+def test_a_second_signal_ends_also_a_program_that_does_not_come_to_its_handlers():
+    with subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"busy\n"
+        process.send_signal(signal.SIGUSR1)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1.5)  # and what insists counts for nothing
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(2) == 128 + signal.SIGTERM

@@ -56,11 +56,8 @@ def test_thirty_signals(tmp_path, capsys):
 
 @pytest.mark.soak
 def test_ten_signals_that_come_twice(tmp_path, capsys):
-    """Where the first is noticed and there is something to save, so that the program is there when the second comes.
-
-    Elsewhere it may be gone by then; or native code holds the thread that notices, and two signals are seen as one.
-    """
-    phases = ["step", "save", "save begins"]
+    """Where there is something to save, so that the program is still there when the second comes."""
+    phases = ["step", "save", "save begins", "sampling", "validation"]
     with capsys.disabled():
         strike_runs(tmp_path, 10, phases, [], [(SIGTERM, SIGTERM), (SIGINT, SIGINT), (SIGTERM, SIGUSR1)])
 
