@@ -244,6 +244,22 @@ def read_run(workdir: Path) -> ConfigDict:
     return read_json(path)
 
 
+def mend_run(workdir: Path, saved: dict[str, Any] | None) -> str:
+    """Write the config of a run again, as a checkpoint ``saved`` it, where it is lost or damaged; returns what was so.
+
+    Raises:
+      ConfigError, CheckpointError: it is, and the checkpoint does not have it.
+    """
+    try:
+        read_run(workdir)
+    except (ConfigError, CheckpointError) as error:
+        if not saved:
+            raise
+        files.write_whole(workdir / "config.json", json.dumps(saved, indent=2) + "\n")
+        return str(error)
+    return ""
+
+
 def is_export(path: Path) -> bool:
     """Whether a ``config.json`` is that of an export; False where there is none."""
     return path.is_file() and TRAINED in _read_object(path)
@@ -306,7 +322,8 @@ def _parse(key: str, text: str, old: Any) -> Any:
             return tuple((str if key in WORDS else float)(one) for one in values)
         return kind(text.replace("_", "") if kind is int else text)
     except (ValueError, KeyError, SyntaxError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:
-        raise ConfigError(f"{key} takes a {kind.__name__}, not {text!r:.200} (it is {old!r})") from error
+        article = "an" if kind is int else "a"
+        raise ConfigError(f"{key} takes {article} {kind.__name__}, not {text!r:.200} (it is {old!r})") from error
 
 
 # ----------------------------------------------------------------------------------------------------- comparing
@@ -341,7 +358,7 @@ def take_over(config: ConfigDict, workdir: Path, extend: bool) -> None:
     if changed:
         raise ConfigError(
             f"{workdir} belongs to a run with another config ({'; '.join(changed)});"
-            " give another --workdir, or set the keys back"
+            " set the keys back, or give another --workdir (init_from begins a new run with these parameters)"
         )
 
 

@@ -133,13 +133,14 @@ def print_checkpoints(workdir: Path) -> None:
     errors = {step: error for step, error in figures(workdir / "metrics.jsonl", NAME).items() if step in steps}
     for step in steps:
         report = verify(directory, step, "fast", ITEMS)
-        found = report.problems[0] if report.problems else "complete" if report.verifiable else "not verifiable"
+        found = report.problems[0] if report.problems else "all there" if report.verifiable else "not verifiable"
         if errors and step == min(errors, key=lambda step: errors[step]):
             found += ", the best by validation"
         loss, validation = (_last_figure(workdir, name, step) for name in ("loss", NAME))
         print(f"{step:>10}  {_mib(directory / str(step)):>8.1f}  {loss:>8}  {validation:>10}  {found}")
     for path in sorted(directory.glob(f"*{CORRUPT}")):
-        print(f"{path.name:>10}  {_mib(path):>8.1f}  {'':>8}  {'':>10}  damaged and set aside")
+        print(f"{path.name:>10}  {_mib(path):>8.1f}  {'':>8}  {'':>10}  damaged and set aside; nothing reads it")
+    print(f"compared were sizes; --verify={workdir} hashes every file")
 
 
 def verify_checkpoints(workdir: Path) -> None:

@@ -5,8 +5,15 @@ It ends with a single line and the error's exit code.
 
 import signal
 
-# What asks a program to end. Schedulers send the latter two before they take a machine away; Windows has no SIGUSR1.
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+# What asks a program to end. Schedulers send SIGTERM and SIGUSR1 before they take a machine away, a terminal that is
+# closed sends SIGHUP. Windows has not all of them.
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
+
+
+def is_ignored(number: int) -> bool:
+    """Whether a program was started so that it outlives its terminal, as by nohup."""
+    return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN
 
 
 class UserError(Exception):

@@ -193,6 +193,11 @@ def leave(line: str, code: int) -> None:
         _group.vigil.leave(line, code)
 
 
+def is_cut(error: BaseException) -> bool:
+    """Whether an error is what a collective says when another process is gone."""
+    return _group.client is not None and _group.vigil.is_cut(error)
+
+
 def blame(error: Exception) -> None:
     """Where an error is the consequence of another process's end, end this one; else return."""
     if _group.client is not None:

@@ -44,6 +44,7 @@ def resolve(
     choose("verify_checkpoints", config.verify_checkpoints, dict.fromkeys(("fast", "full")))
     choose("data.encode", config.data.encode, dict.fromkeys(("once", "every_step")))
     choose("data.storage_dtype", config.data.storage_dtype, dict.fromkeys(("float16", "float32")))
+    choose("data.flip", config.data.flip, dict.fromkeys(("on", "off", "auto")))
     choose("data.crop", config.data.crop, dict.fromkeys(("center", "random")))
     if config.validate_every and not config.data.validation_fraction:
         raise ConfigError(

@@ -4,7 +4,7 @@
 0      done                                     7      network or model fetch
 1      internal error, with its traceback       8      workdir full or not writable
 2      usage or config                          9      another process lost, or stalled
-3      data                                     75     preempted (SIGTERM, SIGUSR1): start me again
+3      data                                     75     preempted (by a signal): start me again
 4      diverged (loss or gradient not finite)   130    interrupted (Ctrl-C)
 5      checkpoint unusable                      128+n  signal n came while an earlier one was obeyed
 6      out of memory
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dit_jax import processes
-from dit_jax.errors import SIGNALS, ConfigError, PreemptedError, Told, UserError, WorkdirError
+from dit_jax.errors import SIGNALS, ConfigError, PreemptedError, Told, UserError, WorkdirError, is_ignored
 from dit_jax.processes import Place
 
 INTERNAL = 1
@@ -68,7 +68,7 @@ class _Ending:
         """Have signals come here."""
         reader, writer = socket.socketpair()
         writer.setblocking(False)
-        before = {number: signal.signal(number, self) for number in SIGNALS}
+        before = {number: signal.signal(number, self) for number in SIGNALS if not is_ignored(number)}
         wakes = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._count, args=(reader,), daemon=True).start()
         try:
@@ -292,7 +292,7 @@ def quiet_libraries() -> None:
     for name in ("jax", "orbax"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # what fails in a thread of Orbax is raised where the save is waited for, and need not be shown as it happens
-    for name in ("absl", "asyncio"):
+    for name in ("absl", "asyncio", "gcsfs"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.showwarning = _show_warning
     sys.unraisablehook = functools.partial(_show_unraisable, sys.unraisablehook)

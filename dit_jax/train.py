@@ -28,11 +28,11 @@ from ml_collections import ConfigDict
 
 import dit_jax
 from dit_jax import build, processes
-from dit_jax.config import is_export, take_over, to_json
+from dit_jax.config import is_export, mend_run, take_over, to_json
 from dit_jax.data.ahead import ahead
 from dit_jax.drawing.pipeline import Pipeline
 from dit_jax.duties import draw_samples, make_duties, score
-from dit_jax.errors import ConfigError
+from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.feed import open_feed, open_validation
 from dit_jax.files import write_whole
 from dit_jax.models.flops import peak_flops, training_flops
@@ -48,7 +48,7 @@ from dit_jax.training.progress import Progress
 from dit_jax.training.room import check_room
 from dit_jax.training.saved_steps import ITEMS, newest_whole, restore_metadata, set_aside
 from dit_jax.training.state import TrainState, abstract_state, init_state
-from dit_jax.training.status import Status
+from dit_jax.training.status import Status, read_status
 from dit_jax.training.step import TrainStep
 from dit_jax.training.stop import Stop
 from dit_jax.training.validation import NAME, Validation
@@ -226,8 +226,6 @@ def open_checkpoints(parts: Parts, extend: bool) -> tuple[Checkpoints, int]:
     """
     config, workdir, place = parts.config, parts.workdir, parts.workdir.place
     directory = workdir.checkpoints
-    if is_export(workdir.folder / "config.json"):
-        raise ConfigError(f"{place} is an export, not a run: give another --workdir (init_from={place} begins with it)")
     with writable(place):
         if processes.is_first() and workdir.folder.is_dir():
             workdir.lock()
@@ -235,8 +233,19 @@ def open_checkpoints(parts: Parts, extend: bool) -> tuple[Checkpoints, int]:
     step = processes.of_first(whole and whole.step)
     if step is not None:
         say(f"checkpoint: {whole}")
+        metadata = restore_metadata(directory, step)
+        if processes.is_first() and (lost := mend_run(workdir.folder, metadata.get("config"))):
+            say(f"warning: {lost}; it is written again from the checkpoint")
+        processes.barrier()
         take_over(config, workdir.folder, extend)
-        refuse_another(restore_metadata(directory, step), parts.identity)
+        refuse_another(metadata, parts.identity)
+    elif is_export(workdir.folder / "config.json"):
+        raise ConfigError(f"{place} is an export, not a run: give another --workdir (init_from={place} begins with it)")
+    elif saved := processes.of_first(read_status(workdir.folder).get("saved", 0)):
+        raise CheckpointError(
+            f"{place} is a run that has saved step {saved}, and {directory} has no checkpoint: put it back, or begin"
+            " anew in another --workdir"
+        )
     with writable(place):
         if processes.is_first():
             workdir.folder.mkdir(parents=True, exist_ok=True)

@@ -80,6 +80,12 @@ class Vigil:
         sys.stderr.flush()
         os._exit(code)  # an ordinary end would wait for the others
 
+    def is_cut(self, error: BaseException) -> bool:
+        """Whether an error is what a collective says when a connection ends."""
+        import jax
+
+        return isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in CUT)
+
     def blame(self, error: Exception) -> None:
         """Where an error is the consequence of another process's end, end this one; else return.
 
@@ -89,7 +95,7 @@ class Vigil:
 
         if not isinstance(error, jax.errors.JaxRuntimeError):
             return
-        if any(sign in str(error) for sign in CUT):
+        if self.is_cut(error):
             time.sleep(GRACE)
             self._lost("it closed its connection")
         if re.match(STATUS, str(error)):

@@ -61,7 +61,7 @@ class Workdir:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ConfigError(
-                    f"another process trains in {self.place}: end it, or give another --workdir"
+                    f"another process trains in {self.place} (see STATUS.json there): end it, or give another --workdir"
                 ) from error
             except OSError as error:
                 if error.errno not in NO_LOCKS:

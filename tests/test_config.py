@@ -42,7 +42,7 @@ def test_overrides_take_the_type_of_what_they_replace():
 
 @pytest.mark.parametrize("text", ["1.5", "x", ""])
 def test_a_value_of_another_type_is_refused(text):
-    with pytest.raises(ConfigError, match=f"batch_size takes a int, not '{text}'"):
+    with pytest.raises(ConfigError, match=f"batch_size takes an int, not '{text}'"):
         apply_overrides(default.get_config(), {"batch_size": text})
 
 

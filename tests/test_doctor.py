@@ -53,15 +53,16 @@ def test_checkpoints_are_listed_oldest_first_with_what_is_known_of_them(tiny_run
         file.write(json.dumps({"step": 10, "validation_x0_error": 0.25}) + '\n{"step": 20, "lo')
     (run / "checkpoints" / "15" / "ema" / "_METADATA").unlink()
     (run / "checkpoints" / "20").rename(run / "checkpoints" / "20.corrupt")
-    head, *rows = lines(capsys, f"--list={run}")
+    head, *rows, last = lines(capsys, f"--list={run}")
+    assert last == f"compared were sizes; --verify={run} hashes every file"
     assert head.split() == ["step", "MiB", "loss", "validation", "files"]
     rows = [row.split(maxsplit=4) for row in rows]
     assert [row[0] for row in rows] == ["5", "10", "15", "20.corrupt"]
     losses = {
         row["step"]: row["loss"] for row in map(json.loads, (tiny_run / "metrics.jsonl").read_text().splitlines())
     }
-    assert rows[0][2:] == [f"{losses[3]:.4f}", "-", "complete"]
-    assert rows[1][2:] == [f"{losses[9]:.4f}", "0.2500", "complete, the best by validation"]
+    assert rows[0][2:] == [f"{losses[3]:.4f}", "-", "all there"]
+    assert rows[1][2:] == [f"{losses[9]:.4f}", "0.2500", "all there, the best by validation"]
     assert rows[2][2:] == [f"{losses[15]:.4f}", "0.2500", "ema/_METADATA is missing"]
 
 

@@ -33,7 +33,7 @@ def test_an_unknown_key_names_the_one_that_was_meant(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("total_steps", "many", "total_steps takes a int, not 'many'"),
+        ("total_steps", "many", "total_steps takes an int, not 'many'"),
         ("data.image_size", "100", "data.image_size is 100; it must be a multiple of 16"),
         ("batch_size", "7", "batch_size 7 is not divisible by accumulate 1 x 2 devices"),
         ("model.modulation", "film", "model.modulation is 'film'; it can be adaln, adaln_zero"),

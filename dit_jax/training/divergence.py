@@ -89,8 +89,8 @@ def diverged(
         write_whole(path, json.dumps(_finite({"step": number, **row, "records": bad, "norms": norms}), indent=2) + "\n")
     return DivergedError(
         f"{describe_bad(row)} at step {number}, and {length} steps in a row were not finite (max_skipped_in_a_row);"
-        f" what is saved is of before. Records and norms: {path.relative_to(workdir)} in the workdir."
-        " Lower learning_rate, or look at the data"
+        f" none of them was saved. Records and norms: {path.relative_to(workdir)} in the workdir. Look at the data,"
+        " or lower learning_rate in a new run (--config.init_from=THIS_WORKDIR begins it with these parameters)"
     )
 
 

@@ -165,6 +165,7 @@ class Loop:
     def _report(self, commit: Commit | None) -> None:
         if commit:
             self.progress.say(f"saved {commit}")
+            self.status.saved(commit.step)
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:

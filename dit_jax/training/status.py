@@ -1,8 +1,9 @@
 """``STATUS.json``: how a run is, for scripts and for people who look in from outside.
 
     state               starting | training | done | stopped (at stop_at_step) | preempted | interrupted | diverged
-                        | stalled | failed
+                        | stalled | lost (another process) | failed
     step total_steps    the last step that was done, and the last that there is
+    saved               the last step that was saved
     reason              why it ended; empty while it trains and when it is done
     restarts            how many processes were there before this one
     productive_seconds  in training steps that the run has kept: no start, no compiling, no saving, no sampling, no
@@ -46,9 +47,9 @@ class Status:
 
     def __init__(self, workdir: Path, start: int, total_steps: int, productive: float, begun: datetime):
         self._path, self._state = workdir / NAME, ""
-        self.earlier = _read(self._path)
+        self.earlier = read_status(workdir)
         self._spent, self._productive, self._written = productive, productive, 0.0
-        self._step, self._total = start, total_steps
+        self._step, self._total, self._saved = start, total_steps, start
         self._restarts = self.earlier["restarts"] + 1 if self.earlier else 0
         self._begun = self.earlier.get("begun") or _written(begun)
 
@@ -60,8 +61,9 @@ class Status:
         if error is None:
             self._write("done" if self._step == self._total else "stopped", "")
             return
+        state = "lost" if processes.is_cut(error) else ENDS.get(kind, "failed")
         with contextlib.suppress(OSError):  # of a full disk: the error itself says it
-            self._write(ENDS.get(kind, "failed"), str(error) or kind.__name__)
+            self._write(state, str(error) or kind.__name__)
 
     def done(self, step: int, productive: float) -> float:
         """A step was done, after so many seconds of training in this process; returns those of the whole run."""
@@ -69,6 +71,11 @@ class Status:
         if self._state != "training" or time.monotonic() - self._written >= EVERY:
             self._write("training", "")
         return self._productive
+
+    def saved(self, step: int) -> None:
+        """A step was saved, and is on disk."""
+        self._saved = step
+        self._write(self._state, "")
 
     def settle(self) -> None:
         """Nothing is left to do; put right what a process says that did not come to its very end."""
@@ -88,6 +95,7 @@ class Status:
             "state": state,
             "step": self._step,
             "total_steps": self._total,
+            "saved": self._saved,
             "reason": reason,
             "restarts": self._restarts,
             "productive_seconds": round(self._productive, 3),
@@ -104,11 +112,11 @@ def _written(moment: datetime) -> str:
     return moment.isoformat(timespec="milliseconds")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_status(workdir: Path) -> dict[str, Any]:
     """The status that an earlier process left; empty if there is none that can be read."""
     try:
-        found = read_json(path)
+        found = read_json(workdir / NAME)
         datetime.fromisoformat(found["begun"])
-        return {**found, "restarts": int(found["restarts"])}
+        return {**found, "restarts": int(found["restarts"]), "saved": int(found.get("saved", 0))}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -3,6 +3,7 @@
     signal       first                                            second, at any moment
     SIGTERM      the step is finished and saved, exit code 75     the process ends at once, 128 + 15
     SIGUSR1      the same                                         128 + 10
+    SIGHUP       the same, unless nohup has it ignored            128 + 1
     SIGINT       the same, exit code 130                          130
     max_hours    the same as a first SIGTERM
 
@@ -21,11 +22,11 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from dit_jax.errors import SIGNALS, PreemptedError
+from dit_jax.errors import SIGNALS, PreemptedError, is_ignored
 
 Result = TypeVar("Result")
 # As processes tell them each other, by number: the last prevails.
-REASONS = ("", "max_hours", "SIGUSR1", "SIGTERM", "SIGINT")
+REASONS = ("", "max_hours", "SIGHUP", "SIGUSR1", "SIGTERM", "SIGINT")
 
 
 class _BreakOff(BaseException):
@@ -66,7 +67,7 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._before = {n: signal.signal(n, self._note) for n in SIGNALS if not is_ignored(n)}
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -79,6 +80,8 @@ class Stop:
             os._exit(128 + number)
         self._signalled = True
         self._reason = signal.Signals(number).name
+        # not print: what it would write to may be in the middle of a line
+        os.write(1, f"{self._reason}: the step is finished and saved; once more ends at once, unsaved\n".encode())
         if self._inside:
             raise _BreakOff
 

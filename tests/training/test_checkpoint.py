@@ -395,3 +395,22 @@ def test_the_best_by_validation_stay_also_when_the_run_is_resumed(tmp_path):
                 save(checkpoints, make_state(step))
                 kept.append(steps_of(tmp_path))
     assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 5], [2, 5, 6], [2, 5, 7]]
+
+
+def test_a_run_whose_checkpoints_are_gone_is_no_new_run(tiny_run, tmp_path):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints")
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match="is a run that has saved step 20, and .*checkpoints has no checkpoint"):
+        train.run(tiny_config(), run)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("left", ["", None])
+def test_a_config_that_is_lost_or_damaged_is_written_again_from_the_checkpoint(tiny_run, tmp_path, capsys, left):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    path = run / "config.json"
+    path.unlink() if left is None else path.write_text(left)
+    assert train.run(tiny_config(), run) is None
+    assert "it is written again from the checkpoint" in capsys.readouterr().out
+    assert path.read_bytes() == (tiny_run / "config.json").read_bytes()

@@ -19,9 +19,10 @@ def test_a_status_goes_through_the_life_of_a_run(tmp_path):
     with Status(tmp_path, 0, 10, 0.0, NOW) as status:
         assert not status.earlier and read(tmp_path)["state"] == "starting"
         assert status.done(4, 2.5) == 2.5
+        status.saved(3)
     first = read(tmp_path)
     assert (first["state"], first["step"], first["total_steps"], first["restarts"]) == ("stopped", 4, 10, 0)
-    assert first["productive_seconds"] == 2.5
+    assert first["productive_seconds"] == 2.5 and first["saved"] == 3
     with Status(tmp_path, 4, 10, 2.5, datetime.now(UTC)) as status:
         assert status.earlier == first
         assert status.done(10, 1.0) == 3.5  # what the checkpoint says, and what came since

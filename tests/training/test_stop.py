@@ -14,14 +14,23 @@ from dit_jax.training.stop import REASONS, Stop
 
 @pytest.mark.parametrize(
     ("number", "error"),
-    [(signal.SIGTERM, PreemptedError), (signal.SIGUSR1, PreemptedError), (signal.SIGINT, KeyboardInterrupt)],
+    [
+        (signal.SIGTERM, PreemptedError),
+        (signal.SIGUSR1, PreemptedError),
+        (signal.SIGHUP, PreemptedError),
+        (signal.SIGINT, KeyboardInterrupt),
+    ],
 )
-def test_a_signal_is_a_reason_and_does_not_interrupt(number, error):
+def test_a_signal_is_a_reason_and_does_not_interrupt(number, error, capfd):
     before = [signal.getsignal(each) for each in SIGNALS]
     with Stop(None, agree=None) as stop:
         assert not stop.reason
         signal.raise_signal(number)
         assert stop.reason == signal.Signals(number).name
+        assert (
+            capfd.readouterr().out
+            == f"{stop.reason}: the step is finished and saved; once more ends at once, unsaved\n"
+        )
         with pytest.raises(error, match=f"{stop.reason}: step 7 is saved"):
             stop.end(7)
     assert [signal.getsignal(each) for each in SIGNALS] == before
@@ -73,10 +82,21 @@ with Stop(None, agree=None):
     time.sleep(60)
 """
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline().startswith(b"SIGINT: the step is finished")
         assert process.stdout.readline() == b"saving\n"
         begin = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 128 + signal.SIGTERM and time.monotonic() - begin < 2
+
+
+def test_who_is_to_outlive_the_terminal_does():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with Stop(None, None) as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.reason
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_outside_the_main_thread_nothing_listens():
