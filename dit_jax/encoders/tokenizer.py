@@ -31,6 +31,10 @@ FILES = (
 SHOWN_CAPTIONS = 3  # of those cut, in one warning
 SHOWN_CHARACTERS = 200  # of what each of them lost
 
+UNUSUAL = (
+    "".join(map(chr, range(256))) + "\u4e00"
+)  # characters that a vocabulary may lack: it then needs a token for them
+
 
 class Tokenizer:
     """A CLIP tokenizer with a fixed length.
@@ -64,7 +68,7 @@ class Tokenizer:
             marks = [getattr(self._tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")]
             if not all(type(mark) is int and 0 <= mark < self.vocab_size for mark in marks):
                 raise ValueError(f"ids of begin, end and padding are {marks}")
-            self._split(["a word"])
+            self._split(["a word", UNUSUAL])
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # the tokenizers library raises nothing more special, and its panics are bare
