@@ -31,9 +31,8 @@ FILES = (
 SHOWN_CAPTIONS = 3  # of those cut, in one warning
 SHOWN_CHARACTERS = 200  # of what each of them lost
 
-UNUSUAL = (
-    "".join(map(chr, range(256))) + "\u4e00"
-)  # characters that a vocabulary may lack: it then needs a token for them
+# Characters that a vocabulary may lack: it then needs a token for them.
+UNUSUAL = "".join(map(chr, range(256))) + "\u4e00"
 
 
 class Tokenizer:
