@@ -22,16 +22,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import dit_jax
+from dit_jax.ending import run_program
 from dit_jax.errors import CheckpointError
 from dit_jax.files import read_rows
-from dit_jax.runtime import (
-    compile_cache,
-    git_commit,
-    nvidia_driver,
-    overlooked_gpu,
-    quiet_libraries,
-    run_program,
-)
+from dit_jax.runtime import compile_cache, git_commit, nvidia_driver, overlooked_gpu, quiet_libraries
 from dit_jax.stores import files_of, folder_of, reach
 from dit_jax.training.saved_steps import CORRUPT, ITEMS, steps_of, verify
 from dit_jax.workdir import CHECKPOINTS

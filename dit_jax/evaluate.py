@@ -33,8 +33,9 @@ from PIL import Image
 from dit_jax.data.shapes_world import FULL, QUICK
 from dit_jax.drawing.pictures import make_grid, save_png
 from dit_jax.drawing.pipeline import Pipeline
+from dit_jax.ending import run_program, writable
 from dit_jax.errors import CheckpointError, ConfigError
-from dit_jax.runtime import add_flags, path_of, run_program, set_up, writable
+from dit_jax.runtime import add_flags, path_of, set_up
 from dit_jax.sample import add_model_flags
 
 SHOWN_SHAPES = 16  # pictures of each class in the grid: the first ones

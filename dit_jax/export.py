@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dit_jax.drawing.pipeline import Pipeline
+from dit_jax.ending import run_program, writable
 from dit_jax.errors import ConfigError
-from dit_jax.runtime import add_flags, path_of, run_program, set_up, writable
+from dit_jax.runtime import add_flags, path_of, set_up
 from dit_jax.sample import add_model_flags
 from dit_jax.stored import FORMATS, write_stored
 

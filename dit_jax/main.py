@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dit_jax.config import is_export, load_config
+from dit_jax.ending import run_program
 from dit_jax.errors import ConfigError
 from dit_jax.processes import ANYWHERE, Place
-from dit_jax.runtime import add_flags, read_overrides, run_program, set_up
+from dit_jax.runtime import add_flags, read_overrides, set_up
 from dit_jax.stores import folder_of
 
 

@@ -27,8 +27,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dit_jax.config import load_config
+from dit_jax.ending import run_program, writable
 from dit_jax.errors import ConfigError, DataError, WorkdirError
-from dit_jax.runtime import add_flags, path_of, read_overrides, run_program, set_up, writable
+from dit_jax.runtime import add_flags, path_of, read_overrides, set_up
 
 if TYPE_CHECKING:
     from dit_jax.data.cache.gather import Cache

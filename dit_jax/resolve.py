@@ -27,6 +27,8 @@ def resolve(
     """
     notes = []
     check_ranges(config)
+    for key, choices in CHOICES.items():
+        choose(key, operator.attrgetter(key)(config), dict.fromkeys(choices))
     if not config.total_steps:
         if not config.total_epochs:
             raise ConfigError("total_steps and total_epochs are both 0; set one of them")
@@ -41,11 +43,6 @@ def resolve(
         raise ConfigError(
             f"batch_size {config.batch_size} is not divisible by accumulate {config.accumulate} x {num_devices} devices"
         )
-    choose("verify_checkpoints", config.verify_checkpoints, dict.fromkeys(("fast", "full")))
-    choose("data.encode", config.data.encode, dict.fromkeys(("once", "every_step")))
-    choose("data.storage_dtype", config.data.storage_dtype, dict.fromkeys(("float16", "float32")))
-    choose("data.flip", config.data.flip, dict.fromkeys(("on", "off", "auto")))
-    choose("data.crop", config.data.crop, dict.fromkeys(("center", "random")))
     if config.validate_every and not config.data.validation_fraction:
         raise ConfigError(
             f"validate_every is {config.validate_every}, but no records are set aside to validate on: set"
@@ -56,7 +53,6 @@ def resolve(
             f"keep_best is {config.keep_best}, but nothing is validated: set validate_every to how often, as in"
             f" --config.validate_every={config.save_every}, or keep_best=0"
         )
-    choose("latents.normalize", config.latents.normalize, dict.fromkeys(("vae", "measured")))
     if config.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb_project is set, but wandb is not installed: pip install 'dit_jax[wandb]'")
     if config.data.encode == "once" and config.data.crop == "random":
@@ -98,6 +94,16 @@ def resolve(
         )
     return notes
 
+
+# What the values of some keys can be, where no object is made of them.
+CHOICES = {
+    "verify_checkpoints": ("fast", "full"),
+    "data.encode": ("once", "every_step"),
+    "data.storage_dtype": ("float16", "float32"),
+    "data.flip": ("on", "off", "auto"),
+    "data.crop": ("center", "random"),
+    "latents.normalize": ("vae", "measured"),
+}
 
 # What the values of some keys must be, in words and as a test that nan does not pass.
 RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (

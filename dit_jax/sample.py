@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 from dit_jax.drawing.pictures import BATCH, Archive, Folder, cut_into_batches, make_grid
 from dit_jax.drawing.pipeline import Pipeline, check_seeds, spread_seeds
+from dit_jax.ending import run_program, writable
 from dit_jax.errors import ConfigError
 from dit_jax.files import parse_json
-from dit_jax.runtime import add_flags, path_of, run_program, set_up, writable
+from dit_jax.runtime import add_flags, path_of, set_up
 
 __all__ = ["Pipeline", "add_model_flags", "main", "make_grid", "read_prompts"]
 

@@ -32,12 +32,13 @@ from dit_jax.config import is_export, mend_run, take_over, to_json
 from dit_jax.data.ahead import ahead
 from dit_jax.drawing.pipeline import Pipeline
 from dit_jax.duties import draw_samples, make_duties, score
+from dit_jax.ending import writable
 from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.feed import open_feed, open_validation
 from dit_jax.files import write_whole
 from dit_jax.models.flops import peak_flops, training_flops
 from dit_jax.parts import PACKAGES, Parts, describe, gather, refuse_another
-from dit_jax.runtime import git_commit, writable
+from dit_jax.runtime import git_commit
 from dit_jax.sharding import put_batch
 from dit_jax.stored import Trained, begin_from, open_origin
 from dit_jax.stores import folder_of

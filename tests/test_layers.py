@@ -23,7 +23,7 @@ ROOMS = {"training", "metrics"}  # layer 2
 # layer 4
 PROGRAMS = {"sample", "evaluate", "train", "dry_run", "precompute", "export", "serve", "doctor", "bench", "__main__"}
 # layer 3
-MIDDLE = {"config", "resolve", "build", "feed", "stored", "drawing", "runtime", "workdir", "duties", "parts"}
+MIDDLE = {"config", "resolve", "build", "feed", "stored", "drawing", "runtime", "ending", "workdir", "duties", "parts"}
 BELOW_PROGRAMS = LEAVES | LIBRARIES | ROOMS | MIDDLE
 
 MAY_IMPORT = {
@@ -40,13 +40,14 @@ MAY_IMPORT = {
     "feed": LEAVES | LIBRARIES | ROOMS | {"config", "build"},  # what runs are fed with
     "stored": LEAVES | ROOMS | {"encoders", "config", "build"},  # trained models on disk
     "drawing": LEAVES | LIBRARIES | {"config", "resolve", "build", "stored"},  # prompts in, pictures out
-    "runtime": LEAVES,  # how programs start and end
+    "runtime": LEAVES,  # how programs start
+    "ending": LEAVES,  # and how they end
     "workdir": LEAVES,  # where a run lies
     "parts": LEAVES | {"data", "diffusion", "encoders", "models", "build", "resolve", "runtime", "workdir"},
     "duties": LEAVES | {"training", "drawing", "workdir"},  # what a run does beside its steps
     **{program: BELOW_PROGRAMS | {"sample"} for program in PROGRAMS},
     "train": BELOW_PROGRAMS | {"evaluate"},
-    "main": PROGRAMS | {"config", "runtime", "errors", "processes", "stores"},
+    "main": PROGRAMS | {"config", "runtime", "ending", "errors", "processes", "stores"},
 }
 
 # Read by one kind of source each, imported inside the functions that need them.

@@ -207,7 +207,7 @@ def test_whoever_is_lost_whenever_the_other_ends_within_a_minute(tmp_path, kille
     place = f"127.0.0.1:{free_port()}"
     program = f"""
 import os, sys, time
-from dit_jax import processes as p, runtime
+from dit_jax import ending, processes as p
 from jax.experimental import multihost_utils as m
 def main():
     p.start(p.Place({place!r}, 2, int(sys.argv[1])))
@@ -216,7 +216,7 @@ def main():
         time.sleep(2)
         os.kill(os.getpid(), 9)
     {code}
-runtime.run_program(main, False, "")
+ending.run_program(main, False, "")
 """
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     options = {"cwd": ROOT, "env": environment, "stderr": subprocess.PIPE, "text": True}

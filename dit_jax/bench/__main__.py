@@ -14,7 +14,8 @@ from dit_jax.bench.data import data
 from dit_jax.bench.memory import memory
 from dit_jax.bench.sampling import mixture_errors, shapes_scores
 from dit_jax.data.shapes_world import QUICK
-from dit_jax.runtime import add_flags, read_overrides, run_program, set_up
+from dit_jax.ending import run_program
+from dit_jax.runtime import add_flags, read_overrides, set_up
 
 MEASURES = {"memory": memory, "data": data, "sampling": mixture_errors}
 

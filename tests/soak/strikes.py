@@ -43,7 +43,7 @@ PHASES = {
     "deletion": Phase(lambda p: bool(p.deleting()), 0.0, True),
     "sampling": Phase(lambda p: _begun(p, p.plan.sample, "samples of step {}:"), 0.1, True),
     "validation": Phase(lambda p: _begun(p, p.plan.validate, "validation step={} "), 0.01, True),
-    "end": Phase(lambda p: p.saving == p.plan.total, 1.5, False),
+    "end": Phase(lambda p: p.saving == p.plan.total, 0.3, False),
 }
 
 

@@ -1,42 +1,24 @@
 """A disk that is full ends a run loudly, and as often as there is room again the run goes on from what it has."""
 
-import contextlib
-import os
 import shutil
-import subprocess
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from dit_jax.training.saved_steps import ITEMS, steps_of, verify
+from tests.small_disk import small_disk
 from tests.soak.program import Plan
 from tests.soak.survival import Survivor
 from tests.test_train import assert_same_run
 
 PLAN = Plan(total=120, save=5, sample=25, validate=0)
 LARGE = {"model.hidden_size": "128", "keep_latest": "99"}  # checkpoints of a few megabytes, and none is deleted
-DISK = "20m"
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of its own, where root may mount one."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder)]
-    if os.geteuid() or shutil.which("mount") is None or subprocess.run(mount, check=False).returncode:
-        pytest.skip("this process may not mount a file system")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.soak
 def test_a_run_that_fills_its_disk_goes_on_when_there_is_room(tmp_path, capsys):
     """All but the newest checkpoint are taken away whenever it is full."""
     whole = Survivor(tmp_path / "whole", PLAN, LARGE, {}).ends()
-    with small_disk(tmp_path / "disk") as disk:
+    with small_disk(tmp_path / "disk", "size=20m") as disk:
         run, checkpoints, full = Survivor(disk / "run", PLAN, LARGE, {}), disk / "run" / "checkpoints", 0
         while (program := run.start()).end() != 0:
             full += 1

@@ -34,6 +34,7 @@ from dit_jax.training.saved_steps import (
 )
 from dit_jax.training.skips import Skips
 from dit_jax.training.state import TrainState
+from tests.small_disk import small_disk
 from tests.test_train import assert_same_run
 from tests.tiny_run import tiny_config, tiny_flags
 
@@ -340,14 +341,8 @@ def test_a_save_without_its_manifest_is_no_save(steps, monkeypatch, broken, told
 
 
 def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(tmp_path):
-    """A file system of 2 MiB, where root may mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
-    if os.geteuid() or shutil.which("mount") is None or subprocess.run(mount, check=False).returncode:
-        pytest.skip("this process may not mount a file system")
-    folder, filler = disk / "checkpoints", disk / "filler"
-    try:
+    with small_disk(tmp_path / "disk", "size=2m") as disk:
+        folder, filler = disk / "checkpoints", disk / "filler"
         with contextlib.closing(Checkpoints(folder, keep_latest=2, keep_every=0)) as checkpoints:
             save(checkpoints, make_state(1, 10_000))
             filler.write_bytes(bytes(shutil.disk_usage(disk).free - 100_000))
@@ -362,8 +357,6 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(tmp_path):
         assert newest_whole(folder, "full", ITEMS)[0].step == 1
         with contextlib.closing(Checkpoints(folder, keep_latest=2, keep_every=0)) as checkpoints:
             assert save(checkpoints, make_state(2, 10_000)).step == 2
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_run_that_may_not_write_large_files_ends_in_one_line_and_goes_on_later(tiny_run, tmp_path):

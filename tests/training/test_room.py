@@ -1,7 +1,6 @@
 """A run that does not fit on its disk is told before it begins, with what it needs and what there is."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 from dit_jax import train
 from dit_jax.errors import WorkdirError
 from dit_jax.training.room import check_room, most_at_once
+from tests.small_disk import small_disk
 from tests.tiny_run import tiny_config, tiny_flags
 
 STATE = {"a": jax.ShapeDtypeStruct((2**28,), jnp.float32), "b": jax.ShapeDtypeStruct((), jnp.int32)}  # 1 GiB
@@ -72,15 +72,8 @@ def test_a_run_without_room_ends_before_it_writes_anything(disk, tmp_path, capsy
 
 def test_a_workdir_that_cannot_be_written_to_is_told_before_anything_is_done(tmp_path):
     """A file system that is mounted for reading only, as root may write everywhere else."""
-    run = tmp_path / "run"
-    run.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(run)]
-    if os.geteuid() or shutil.which("mount") is None or subprocess.run(mount, check=False).returncode:
-        pytest.skip("this process may not mount a file system")
-    try:
+    with small_disk(tmp_path / "run", "ro,size=1m") as run:
         command = [sys.executable, "-m", "dit_jax.main", *tiny_flags(run)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    finally:
-        subprocess.run(["umount", str(run)], check=True)
     assert done.returncode == 8 and "encoding" not in done.stdout
     assert done.stderr == f"workdir error: cannot write to {run}: Read-only file system; give another folder\n"
