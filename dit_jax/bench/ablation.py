@@ -9,13 +9,12 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from dit_jax.arrays import Array
 from dit_jax.bench.presets import Bench, make_bench
 from dit_jax.bench.rounds import interleave, ratio
 from dit_jax.bench.train import stepper
-from dit_jax.models import embeddings, layers
+from dit_jax.models import blocks, embeddings, layers
 from dit_jax.sharding import make_mesh, put_batch
 
 
@@ -56,20 +55,16 @@ def library_attention(q: Array, k: Array, v: Array, mask: Array | None) -> Array
     return jax.nn.dot_product_attention(q, k, v, mask=seen).swapaxes(1, 2)
 
 
-@nn.compact
-def dense_of_tokens(self: embeddings.Dense, x: Array) -> Array:
+def project_tokens(x: Array, kernel: Array) -> Array:
     """A product of ``[B, N, D]``, whose weight gradient sums over two axes."""
-    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-    bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
-    y = x.astype(self.dtype) @ kernel.astype(self.dtype)
-    return y + embeddings.spread(bias, y.shape, self.dtype)
+    return x @ kernel
 
 
 CHOICES = (
     Choice("layer norm with a gradient of its own", layers, "layer_norm", plain_layer_norm),
     Choice("queries, keys and values split before the heads", layers, "split_heads", transposed_heads),
-    Choice("attention by plain products on [B, H, N, K]", layers, "attend", library_attention),
-    Choice("linear maps of [B * N, D]", embeddings.Dense, "__call__", dense_of_tokens),
+    Choice("attention by plain products on [B, H, N, K]", blocks, "attend", library_attention),
+    Choice("linear maps of [B * N, D]", embeddings, "project", project_tokens),
 )
 
 
