@@ -107,9 +107,9 @@ def browse(browser: str) -> Iterator[Page]:
     our_reader, from_browser = os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [browser, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
-        # it reads from the third descriptor and writes to the fourth
-        shell = ["sh", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "sh", *command]
-        process = subprocess.Popen(shell, pass_fds=(to_browser, from_browser), stderr=subprocess.DEVNULL)
+        # it reads from descriptor 3 and writes to 4
+        shell = ["sh", "-c", 'exec "$@" 3<&0 4>&1 </dev/null >/dev/null', "sh", *command]
+        process = subprocess.Popen(shell, stdin=to_browser, stdout=from_browser, stderr=subprocess.DEVNULL)
         os.close(to_browser)
         os.close(from_browser)
         try:

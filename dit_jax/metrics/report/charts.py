@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
+import numpy as np
+
 from dit_jax.metrics.report.curves import Point
 
 SIDE = 1000
@@ -49,8 +51,12 @@ class Axis(NamedTuple):
 
     def place(self, value: float) -> float:
         """Of a value, in [0, 1] where it is between the ends."""
-        low, high, value = (math.log10(v) if self.logarithmic else v for v in (self.low, self.high, value))
-        return (value - low) / (high - low)
+        return float(self.places([value])[0])
+
+    def places(self, values: Sequence[float]) -> np.ndarray:
+        """Of many values."""
+        low, high, at = (np.log10(v) if self.logarithmic else np.asarray(v) for v in (self.low, self.high, values))
+        return (at - low) / (high - low)
 
     def ticks(self, most: int) -> list[float]:
         """Round numbers between the ends."""
@@ -108,8 +114,11 @@ def draw(x: Axis, y: Axis, lines: Sequence[Line], marks: Sequence[Mark], label: 
 
 
 def _path(x: Axis, y: Axis, points: Sequence[Point]) -> str:
-    at = (f"{SIDE * x.place(a):.1f} {SIDE * (1 - y.place(b)):.1f}" for a, b in points)
-    return "M" + "L".join(at) if points else ""
+    if not points:
+        return ""
+    across, up = zip(*points, strict=True)
+    at = np.stack([SIDE * x.places(across), SIDE * (1 - y.places(up))], axis=1).round(1).tolist()
+    return "M" + "L".join(f"{a} {b}" for a, b in at)
 
 
 def _round(low: float, high: float, most: int) -> list[float]:

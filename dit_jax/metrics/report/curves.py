@@ -9,6 +9,8 @@ and the last.
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
+
 Point = tuple[float, float]  # step and value
 
 
@@ -27,8 +29,8 @@ class Bucket(NamedTuple):
             self.size + other.size,
             self.steps + other.steps,
             self.total + other.total,
-            min(self.least, other.least, key=lambda point: point[1]),
-            max(self.largest, other.largest, key=lambda point: point[1]),
+            self.least if self.least[1] <= other.least[1] else other.least,
+            self.largest if self.largest[1] >= other.largest[1] else other.largest,
         )
 
 
@@ -82,15 +84,13 @@ class Curve:
         means = self.means()
         if len(means) < 25:
             return []
+        steps, values = np.array(means).T
         sigma = len(means) / 50
         reach = math.ceil(3 * sigma)
-        bell = [math.exp(-0.5 * (i / sigma) ** 2) for i in range(reach + 1)]
-        found = []
-        for i, (step, _) in enumerate(means):
-            near = range(max(i - reach, 0), min(i + reach + 1, len(means)))
-            weights = [bell[abs(i - j)] for j in near]
-            found.append((step, sum(w * means[j][1] for w, j in zip(weights, near, strict=True)) / sum(weights)))
-        return found
+        bell = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+        weights = np.convolve(np.ones_like(values), bell, "same")  # at the ends there are fewer neighbours
+        averages = np.convolve(values, bell, "same") / weights
+        return list(zip(steps.tolist(), averages.tolist(), strict=True))
 
     def least(self) -> Point | None:
         """The lowest point."""

@@ -6,13 +6,14 @@
 What is no row, has no step, or a step that is not behind the one before it in its series, is left out and counted.
 """
 
+import json
 import math
 import re
 from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dit_jax.files import bounded_lines, parse_json
+from dit_jax.files import bounded_lines
 from dit_jax.metrics.report.curves import Curve, Sparse
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
@@ -20,7 +21,7 @@ TRAINING = ("loss", "grad_norm", "learning_rate", "loss_scale")
 SPEED = ("images_per_second", "data_wait", "memory_gib", "mfu")
 VALIDATION = "validation_x0_error"
 LEVEL = re.compile(rf"{VALIDATION}/log_snr=(-?\d{{1,3}})")
-LEVELS_MOST = 64  # of noise
+LEVELS_MOST, LEVEL_BUCKETS = 64, 64  # curves of the error at one level of noise, and how finely each is kept
 LARGEST = 1e30  # what is larger cannot be drawn, and counts as not finite
 STEPS = 2**53
 SKIPS_SHOWN = 100
@@ -87,8 +88,8 @@ class Record:
 
     def _take(self, file: str, line: bytes) -> bool:
         try:
-            row = parse_json(line.decode("utf-8"))
-        except ValueError:
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
             return False
         step = row.get("step") if isinstance(row, dict) else None
         if type(step) is not int or not 0 <= step <= STEPS:
@@ -108,7 +109,7 @@ class Record:
         found = {int(match[1]): value for match, value in named if match}
         for level, value in found.items():
             if level in self.levels or len(self.levels) < LEVELS_MOST:
-                self.levels.setdefault(level, Curve(128)).add(step, value)
+                self.levels.setdefault(level, Curve(LEVEL_BUCKETS)).add(step, value)
         if len(found) > 1:
             self.profiles.add((step, dict(sorted(found.items()))))
 
