@@ -164,21 +164,6 @@ def test_the_gradient_of_layer_norm_is_that_of_its_formula(dtype):
         np.testing.assert_allclose(own.astype(jnp.float32), derived.astype(jnp.float32), rtol=1e-2, atol=1e-6)
 
 
-@pytest.mark.usefixtures("tiny")
-def test_the_other_programs_say_a_row_of_everything(capsys):
-    main(["ablation", "--preset=small", "--rounds=2"])
-    said = capsys.readouterr().out
-    assert [line for choice in ablation.CHOICES for line in said.splitlines() if choice.says in line]
-    assert len(re.findall(r"\| \d+\.\d\d \(", said)) == len(ablation.CHOICES)
-    main(["attention", "--preset=small", "--rounds=2"])
-    assert len(re.findall(r"^\| [^|]+ \| \d+\.\d \| \d", capsys.readouterr().out, re.MULTILINE)) == 2
-    main(["compile", "--preset=small"])
-    cold, warm = re.search(
-        r"compiled in ([\d.]+) s, from the cache in ([\d.]+) s; [\d,]+ ins", capsys.readouterr().out
-    ).groups()
-    assert float(cold) > 0 and float(warm) > 0
-
-
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
