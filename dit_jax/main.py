@@ -5,9 +5,12 @@ need, and trains nothing.
 """
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from ml_collections import ConfigDict
 
 from dit_jax.config import is_export, load_config
 from dit_jax.ending import run_program
@@ -52,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.device is not None and not args.dry_run:
         parser.error("--device goes with --dry_run; a run takes the devices that are there")
 
+    config: ConfigDict | None = None
+
     def train() -> None:
+        nonlocal config
         config = load_config(args.config, overrides)
         place = read_place(args.coordinator, args.num_processes, args.process_id)
         if place and args.dry_run:
@@ -66,7 +72,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         workdir = folder_of(args.workdir) if args.workdir else default_workdir(args.config)
         train.run(config, workdir, extend=args.extend)
 
-    less_memory = "lower batch_size, raise accumulate, or set model.remat to dots (then full)"
+    def less_memory() -> str:
+        with contextlib.suppress(Exception):  # what explains an error must not become another one
+            from dit_jax import dry_run
+
+            return dry_run.advice(config)
+        return "lower batch_size, raise accumulate, or set model.remat to dots (then full)"
+
     run_program(train, args.traceback, less_memory)
 
 

@@ -22,16 +22,19 @@ def commands_in(text: str) -> Iterator[tuple[str, list[str]]]:
         words.whitespace_split = True
         arguments = []
         for word in words:
-            if not word.startswith("-") and not arguments or set(word) <= set("();<>|&"):
+            if set(word) <= set("();<>|&"):
                 break
             arguments.append(word)
         yield call["program"], arguments
 
 
 def parse(program: str, arguments: list[str]) -> None:
-    """Have the program's own parser read the arguments, and nothing done with them; a mistake is a SystemExit."""
+    """Have the program's own parser read the arguments, and nothing done with them; a mistake is an AssertionError."""
     name = f"dit_jax.{program}.__main__" if (PACKAGE / program).is_dir() else f"dit_jax.{program}"
     module = importlib.import_module(name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "run_program", lambda *_: None)
-        module.main(arguments)
+        try:
+            module.main(arguments)
+        except SystemExit as exit:  # of --help too
+            assert not exit.code, (program, arguments)

@@ -2,10 +2,16 @@
 
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from dit_jax import build, main
 from dit_jax import dry_run as dry_run_module
-from dit_jax import main
+from dit_jax.config import load_config
+from dit_jax.models.flops import GIB
+from dit_jax.resolve import resolve
+from dit_jax.sharding import make_mesh
 from tests.tiny_run import CONFIG, tiny_flags
 
 SMALL = "--config=configs/small.py"
@@ -66,6 +72,39 @@ def test_the_advice_fits_when_it_is_taken(capsys, flags):
         assert "  fits: batch_size=" in dry_run(capsys, *flags, *changes), changes
 
 
+@pytest.mark.parametrize(("num_devices", "limit"), [(1, None), (1, 4 * GIB), (8, None), (8, 3 * GIB)])
+def test_a_run_that_was_out_of_memory_is_advised_what_needs_less(monkeypatch, num_devices, limit):
+    """Less than it did by the estimate, and not more than the devices have."""
+
+    class Device:
+        platform, device_kind = "cpu", "cpu"
+
+        def memory_stats(self):
+            return limit and {"bytes_limit": limit}
+
+    def needs(overrides):
+        config = load_config("configs/small.py", {"batch_size": "64", "dtype": "float32", **overrides})
+        resolve(config, dry_run_module.MANY, *build.describe_encoders(config), num_devices)
+        return config, jnp.float32, build.describe_encoders(config)[0]
+
+    def total(overrides):
+        config, dtype, vae = needs(overrides)
+        need = dry_run_module.predict(config, dry_run_module.make_plan(config, dtype, vae))
+        return need.total(config.batch_size // (config.accumulate * num_devices))
+
+    monkeypatch.setattr(dry_run_module, "make_mesh", lambda _: make_mesh(jax.devices()[:1]))
+    config = needs({})[0]
+    devices = jax.devices
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: [Device()] * num_devices if not _ else devices(*_))
+        line = dry_run_module.advice(config)
+    found = [dict(re.findall(r"--config\.([\w.]+)=(\w+)", one)) for one in line.split(", or ")]
+    assert line.startswith("by the estimate of --dry_run each of these alone mends it: --config.")
+    assert [set(one) for one in found][0] <= {"accumulate"} and {"batch_size"} in map(set, found)
+    for overrides in found:
+        assert total(overrides) <= min(total({}) - 1, limit - GIB if limit else total({}))
+
+
 def test_an_unknown_text_encoder_of_a_hub_needs_its_three_numbers(capsys, tmp_path, monkeypatch):
     config = f"--config={CONFIG.parent / 'small.py'}"
     monkeypatch.chdir(tmp_path)
@@ -98,7 +137,8 @@ def test_with_data_it_compiles_and_measures_the_real_step(capsys, tmp_path):
     page = dry_run(capsys, *tiny_flags(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     assert "shapes: 28 pictures; an epoch is 3.5 steps" in page
-    assert float(re.search(r"compiled memory ([\d.]+) GiB", page)[1]) > 0
+    compiled, off = re.search(r"compiled memory ([\d.]+) GiB .*; the estimate is ([+-]\d+)% off", page).groups()
+    assert table(page)["total"][1] == pytest.approx(float(compiled) * (1 + int(off) / 100), abs=0.001)
     assert re.search(r"[\d.]+ s a step, .* 20 steps take \d+s", page)
 
 
