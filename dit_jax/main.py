@@ -16,7 +16,7 @@ from dit_jax.config import is_export, load_config
 from dit_jax.ending import run_program
 from dit_jax.errors import ConfigError
 from dit_jax.processes import ANYWHERE, Place
-from dit_jax.runtime import add_flags, read_overrides, set_up
+from dit_jax.runtime import add_flags, begun, read_overrides, set_up
 from dit_jax.stores import folder_of
 
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             dry_run.report(config, args.config, args.device)
             return
         workdir = folder_of(args.workdir) if args.workdir else default_workdir(args.config)
-        train.run(config, workdir, extend=args.extend)
+        train.run(config, workdir, extend=args.extend, begun=begun())
 
     def less_memory() -> str:
         with contextlib.suppress(Exception):  # what explains an error must not become another one

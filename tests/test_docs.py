@@ -112,12 +112,11 @@ def test_what_is_linked_to_is_there(document):
 
 @pytest.mark.parametrize("document", [path.relative_to(REPOSITORY).as_posix() for path in WRITTEN])
 def test_commands_are_such_as_the_programs_take_and_name_keys_and_files_that_exist(document):
-    for program, arguments in commands_in(read(document)):
-        if arguments:  # else it is only named
-            parse(program, arguments)
-        for key in re.findall(r"--config\.([\w.]+)", " ".join(arguments)):
-            assert key in KEYS, arguments
     for command in commands(document):
+        for program, arguments in commands_in(command):
+            parse(program, arguments)
+            for key in re.findall(r"--config\.([\w.]+)", " ".join(arguments)):
+                assert key in KEYS, command
         for file in re.findall(r"(?:configs|launch|tools)/[\w/]+\.\w+", command):
             assert (REPOSITORY / file).is_file(), command
 
