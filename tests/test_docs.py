@@ -34,6 +34,7 @@ DOCUMENTS = [
     "docs/validation.md",
     "docs/recipes.md",
     "docs/reliability.md",
+    "docs/report.md",
 ]
 WRITTEN = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")]
 SOURCES = [*PACKAGE.rglob("*.py"), *(REPOSITORY / "configs").rglob("*.py")]
