@@ -134,7 +134,7 @@ def _measure_config(argv: Sequence[str]) -> None:
 
             shapes_scores(args.model, QUICK if args.count is None else args.count)
 
-    run_program(measure, args.traceback, "lower batch_size")
+    run_program(measure, args.traceback, "lower --config.batch_size, or raise --config.accumulate")
 
 
 if __name__ == "__main__":
