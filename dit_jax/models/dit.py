@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import NamedSharding
 
 from dit_jax.arrays import Array, TextStates
 from dit_jax.models.blocks import VECTORS, DiTBlock, FinalLayer, SharedModulation
 from dit_jax.models.embeddings import PatchEmbedder, TextEmbedder, TimestepEmbedder, spread, unpatchify
 from dit_jax.models.layers import BlockSpec, KeysValues
 from dit_jax.models.positions import Angles, PositionEmbedder, rotary_angles, sincos_positions
+from dit_jax.sharding import constrain
 
 # What the backward pass recomputes instead of keeping; None keeps everything.
 REMAT_POLICIES: dict[str, Any] = {
@@ -84,6 +86,7 @@ class DiT(nn.Module):
       text_length, text_width, pooled_width: S, E and P of the text encoder.
       remat: ``none``, ``dots`` (keep matrix products) or ``full``: what the backward pass recomputes.
       dtype: compute dtype; parameters are float32 always.
+      sharding: of tokens ``[B, ...]`` before and behind every block; None leaves it to the compiler.
 
     Raises:
       ValueError: when a value is not one of those above, or two do not go together.
@@ -114,6 +117,7 @@ class DiT(nn.Module):
     pooled_width: int
     remat: str
     dtype: jnp.dtype = jnp.float32
+    sharding: NamedSharding | None = None
 
     def __post_init__(self) -> None:
         for name, valid in CHOICES.items():
@@ -197,10 +201,10 @@ class DiT(nn.Module):
         if text.vector is not None:
             c = c + text.vector
         shared = self.adaln_single(c) if self.modulation == "adaln_single" else c
-        tokens = text.tokens
+        x, tokens = constrain((x, text.tokens), self.sharding)
         for i, block in enumerate(self.blocks):
             read = text.keys_values[i] if text.keys_values else tokens
-            x, tokens = block(x, read, shared, text.mask, angles, train)
+            x, tokens = constrain(block(x, read, shared, text.mask, angles, train), self.sharding)
         x = self.final_layer(x[:, self.num_registers :], c)
         return unpatchify(x, self.patch_size, rows, cols)
 

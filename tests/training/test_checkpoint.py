@@ -21,7 +21,7 @@ from dit_jax.errors import CheckpointError, WorkdirError
 from dit_jax.sample import Pipeline
 from dit_jax.sharding import make_mesh, replicated, with_sharding
 from dit_jax.training import manifest
-from dit_jax.training.checkpoint import Best, Checkpoints, restore_item
+from dit_jax.training.checkpoint import Best, Checkpoints, restore_trees
 from dit_jax.training.loss_scale import LossScale
 from dit_jax.training.saved_steps import (
     ITEMS,
@@ -96,9 +96,9 @@ def test_a_state_comes_back_bit_for_bit(saved):
 def test_parameters_and_metadata_alone(saved):
     folder, _, _ = saved
     shapes = jax.eval_shape(lambda: make_state(7).params)
-    jax.tree.map(np.testing.assert_array_equal, restore_item(folder, 7, "ema", shapes), make_state(7).ema)
-    jax.tree.map(np.testing.assert_array_equal, restore_item(folder, 7, "params", shapes), make_state(7).params)
-    assert restore_metadata(folder, 7) == {"data": "pictures", "format": 2, "step": 7}
+    jax.tree.map(np.testing.assert_array_equal, restore_trees(folder, 7, {"ema": shapes})["ema"], make_state(7).ema)
+    jax.tree.map(np.testing.assert_array_equal, restore_trees(folder, 7, {"params": shapes})["params"], make_state(7).params)
+    assert restore_metadata(folder, 7) == {"data": "pictures", "format": FORMAT, "step": 7}
 
 
 def test_a_state_is_restored_onto_the_devices_that_there_are_now(saved):
