@@ -48,6 +48,8 @@ ADDED = {
     "preview_vae": "",
     "deterministic": False,
     "max_hours": 0.0,
+    "mesh.fsdp": 1,
+    "mesh.tensor": 1,
     "max_skipped_in_a_row": 10,  # of 1: the first one ended the run
     "stall_patience": 600.0,
     "validate_every": 0,
@@ -90,6 +92,8 @@ CHANGEABLE = (
     "stop_at_step",
     "deterministic",
     "max_hours",
+    "mesh.fsdp",
+    "mesh.tensor",
     "stall_patience",
     "log_every",
     "save_every",

@@ -9,6 +9,7 @@ estimate (`dit_jax.training.memory`). Nothing is written to the workdir and noth
 """
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from dit_jax.errors import ConfigError, DataError
 from dit_jax.models.dit import REMAT_POLICIES, DiT
 from dit_jax.models.flops import DEVICES, GIB, Device, forward_macs, training_flops
 from dit_jax.resolve import resolve
-from dit_jax.sharding import batch_sharding, make_mesh, with_sharding
+from dit_jax.sharding import abstract_mesh, batch_sharding, batch_shards, with_sharding
 from dit_jax.training.memory import Activations, abstract_batch, compiled_bytes, predict_activations
 from dit_jax.training.progress import duration
 from dit_jax.training.state import TrainState, abstract_state, init_state
@@ -46,11 +47,13 @@ class Need:
       state: parameters, gradients, optimizer, moving average, by name.
       activations: beside them.
       accumulate: slices of a batch. Where there are several there are two sets of gradients: the sum, and a slice's.
+      shards: devices that share a slice.
     """
 
     state: dict[str, int]
     activations: Activations
     accumulate: int
+    shards: int
 
     def held(self) -> dict[str, int]:
         """What is there however many images are, by name."""
@@ -61,29 +64,33 @@ class Need:
         """With so many images at a time: those of one slice of the batch on one device."""
         return sum(self.held().values()) + images * self.activations.per_image
 
-    def most_images(self, budget: int) -> int:
-        """How many images at a time stay within a budget of bytes; 0 where not even the state does."""
-        return max(0, (budget - self.total(0)) // self.activations.per_image)
+    def largest_batch(self, budget: int) -> int:
+        """How many images stay within a budget of bytes of every device; 0 where not even the state does."""
+        images = max(0, (budget - self.total(0)) // self.activations.per_image)
+        return images * self.accumulate * self.shards
 
     def fits(self, batch_size: int, budget: int) -> bool:
         """Whether a step of one device is predicted to stay within a budget of bytes."""
-        return self.total(batch_size // self.accumulate) <= budget
+        return self.total(batch_size // (self.accumulate * self.shards)) <= budget
 
 
 def predict(config: ConfigDict, step: TrainStep, state: TrainState, h: int, w: int) -> Need:
-    """The memory of a step on ``h x w`` latents; ``state`` says what is held beside activations."""
+    """The memory of a step on ``h x w`` latents; ``state`` says what is held beside activations, and how it is shared.
+
+    Activations of devices that share pictures (``mesh.tensor``) are counted as if they did not.
+    """
     state_bytes = {
         "parameters": size(state.params),
         "gradients": size(state.params),
         f"optimizer ({config.optimizer})": size(state.opt_state),
         "moving average": size(state.ema),
     }
-    return Need(state_bytes, predict_activations(step, h, w), config.accumulate)
+    return Need(state_bytes, predict_activations(step, h, w), config.accumulate, batch_shards(state.step.sharding.mesh))
 
 
 def size(tree: object) -> int:
-    """Bytes of all leaves (arrays or their shapes)."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes of all leaves (arrays or their shapes, with shardings) on a device."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def report(config: ConfigDict, name: str, device_name: str | None) -> None:
@@ -101,14 +108,16 @@ def report(config: ConfigDict, name: str, device_name: str | None) -> None:
     if device_name is not None and device_name not in DEVICES:
         raise ConfigError(f"--device is {device_name!r}; it can be {', '.join(DEVICES)}")
     device = DEVICES[device_name] if device_name else None
-    num_devices = 1 if device else len(jax.devices())
     records, missing = (None, "") if device else look_at_data(config)
     vae, text = build.describe_encoders(config)
     by_epochs = records is None and not config.total_steps  # then how many steps there are is for the data to say
-    notes = resolve(config, MANY if records is None else records, vae, text, num_devices)
+    # as many of a device that is not here as share the parameters
+    here = jax.devices()
+    mesh = abstract_mesh(config.mesh.fsdp or 1, config.mesh.tensor) if device else build.make_mesh(config, here)
+    notes = resolve(config, MANY if records is None else records, vae, text, batch_shards(mesh))
     chosen = device.dtype if device and config.dtype == "auto" else config.dtype
     dtype = build.compute_dtype(chosen, jax.devices()[0])
-    model, process = build.make_model(config, dtype), build.make_process(config)
+    model, process = build.make_model(config, dtype, None if device else mesh), build.make_process(config)
     build.make_times(config, process)
     build.make_sampler(config, process, build.make_grid(config, process))
     optimizer, learning_rate = build.make_optimizer(config)
@@ -116,7 +125,6 @@ def report(config: ConfigDict, name: str, device_name: str | None) -> None:
         config.total_steps = 0
         notes.append("total_steps is 0 here: it follows from total_epochs and the number of pictures")
     side = config.data.image_size // vae.factor
-    mesh = make_mesh(jax.devices())
     state = abstract_state(model, optimizer, side, side, mesh)
     if not config.latents.scale:  # measured in training; any will do here
         config.latents.shift, config.latents.scale = (0.0,) * vae.channels, (1.0,) * vae.channels
@@ -131,15 +139,16 @@ def report(config: ConfigDict, name: str, device_name: str | None) -> None:
     for note in notes:
         say(f"warning: {note}")
     say_model(config, model, state, side)
-    where = device.kind if device else f"a device of this machine ({num_devices} x {jax.devices()[0].device_kind})"
+    where = device.kind if device else f"a device of this machine ({mesh.size} x {here[0].device_kind})"
     section(f"predicted memory of {where}: an estimate, in GiB")
     say(f"  compute in {np.dtype(dtype).name}, model.remat={config.model.remat}, accumulate={config.accumulate}")
-    images = config.batch_size // (config.accumulate * num_devices)
+    images = config.batch_size // (config.accumulate * need.shards)
     say_memory(config, need, images)
 
     # ---- what fits there, or what this machine says
     if device:
-        section(f"does it fit on one {device.kind} of {device.memory / GIB:.0f} GiB?")
+        number = "one" if mesh.size == 1 else f"{mesh.size} x"
+        section(f"does it fit on {number} {device.kind} of {device.memory / GIB:.0f} GiB?")
         say_fit(config, step, state, side, device)
         return
     section("data and time on this machine")
@@ -214,7 +223,7 @@ def say_fit(config: ConfigDict, step: TrainStep, state: TrainState, side: int, d
 
     needs = {remat: need(remat=remat) for remat in REMAT_POLICIES}
     for remat, other in needs.items():
-        most = other.most_images(budget) * config.accumulate
+        most = other.largest_batch(budget)
         now = "  <- the config's" if remat == config.model.remat else ""
         say(f"  largest batch with model.remat={remat:5} {most:>8,}{now}")
     if needs[config.model.remat].fits(config.batch_size, budget):
@@ -247,7 +256,7 @@ def remedies(
                 old = flatten(config)
                 yield {key: value for key, value in new.items() if value != old[key]}
                 break
-    if most := needs[config.model.remat].most_images(budget) * config.accumulate:
+    if most := needs[config.model.remat].largest_batch(budget):
         yield {"batch_size": most}
     if half is not None and half.fits(config.batch_size, budget):
         yield {"dtype": "auto"}

@@ -22,7 +22,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from dit_jax.trees import leaf_name, named_leaves
 
@@ -31,15 +32,15 @@ BATCH = PartitionSpec(("data", "fsdp"))  # arrays [B, ...]
 
 Spec = tuple[str | EllipsisType | None, ...]  # an axis of the mesh for each of an array; `...` are those between
 
-# By what a parameter's name ends with; the first rule that matches counts. Small ones are whole on every device.
+# By a parameter's name; the first rule that matches counts.
 RULES: tuple[tuple[str, Spec], ...] = (
-    (r"/(q|kv|qkv|fc_in)/kernel", ("fsdp", ..., "tensor")),  # heads, and columns of the MLP
-    (r"/(q|kv|qkv|fc_in)/bias", (..., "tensor")),
-    (r"/(attention|cross)/out/kernel", ("tensor", "fsdp")),  # what those are summed up with
-    (r"/fc_out/kernel", ("tensor", "fsdp")),
-    (r"x_embedder/proj/kernel", (None, "fsdp")),  # a patch has few numbers
-    (r"(proj|mlp_in|mlp_out|linear)/kernel", ("fsdp",)),
-    (r"/bias|/scale|/table|registers|/null_token|/null_pooled", ()),
+    (r"blocks_.*/(q|kv|qkv|fc_in)/kernel$", ("fsdp", ..., "tensor")),  # heads, and columns of the MLP
+    (r"blocks_.*/(q|kv|qkv|fc_in)/bias$", (..., "tensor")),
+    (r"blocks_.*/(out|fc_out)/kernel$", ("tensor", "fsdp")),  # what sums them up
+    (r"blocks_.*/adaln/proj/kernel$", ("fsdp",)),
+    (r"blocks_.*/(bias|scale|table)$", ()),
+    # All else is small, and whole on every device.
+    (r"^(x_embedder|pos_embed|registers|t_embedder|y_embedder|adaln_single|final_layer)\b", ()),
 )
 
 
@@ -54,32 +55,36 @@ def make_mesh(devices: Sequence[jax.Device], fsdp: int = 1, tensor: int = 1) -> 
     Raises:
       ValueError: so many do not go into the devices.
     """
-    devices = np.asarray(devices)
     here = sum(device.process_index == devices[0].process_index for device in devices)
     if here % tensor:
         raise ValueError(f"tensor is {tensor}; it must divide the {here} devices of a process")
     fsdp = fsdp or len(devices) // tensor
     if len(devices) % (fsdp * tensor):
         raise ValueError(f"fsdp {fsdp} x tensor {tensor} must divide the {len(devices)} devices")
-    return Mesh(devices.reshape(-1, fsdp, tensor), AXES)
+    return Mesh(np.asarray(devices).reshape(-1, fsdp, tensor), AXES)
 
 
-def batch_shards(mesh: Mesh) -> int:
+def abstract_mesh(fsdp: int, tensor: int) -> AbstractMesh:
+    """A mesh of devices that need not be there: with it, shardings say what would lie on one of them."""
+    return AbstractMesh((1, fsdp, tensor), AXES)
+
+
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts a batch is cut."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Arrays ``[B, ...]`` split over the devices along B."""
     return NamedSharding(mesh, BATCH)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def parameter_shardings(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Spec]] = RULES) -> Any:
+def parameter_shardings(params: Any, mesh: Mesh | AbstractMesh, rules: Sequence[tuple[str, Spec]] = RULES) -> Any:
     """How every parameter lies on the mesh, a tree like ``params`` (arrays or their shapes).
 
     Raises:
@@ -88,10 +93,7 @@ def parameter_shardings(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Spec
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
         name = leaf_name(path)
-        found = [spec for pattern, spec in rules if re.search(f"(?:{pattern})$", name)]
-        if not found:
-            raise ValueError(f"no rule of dit_jax.sharding is about the parameter {name} {leaf.shape}")
-        axes = axes_of(found[0], leaf.ndim)
+        axes = _axes_of(name, leaf, rules)
         for size, axis in zip(leaf.shape, axes, strict=False):
             if axis and size % mesh.shape[axis]:
                 raise ValueError(f"{axis} is {mesh.shape[axis]}, and does not divide {size} of {name} {leaf.shape}")
@@ -100,7 +102,7 @@ def parameter_shardings(params: Any, mesh: Mesh, rules: Sequence[tuple[str, Spec
     return jax.tree_util.tree_map_with_path(place, params)
 
 
-def state_shardings(state: Any, params: Any, mesh: Mesh) -> Any:
+def state_shardings(state: Any, params: Any, mesh: Mesh | AbstractMesh) -> Any:
     """How a tree lies on the mesh that holds arrays like parameters under their names, as an optimizer's does.
 
     What has neither name nor shape of a parameter, a count of steps, is whole on every device.
@@ -116,18 +118,34 @@ def state_shardings(state: Any, params: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def axes_of(spec: Spec, ndim: int) -> list[str | None]:
-    """The axes of the mesh for those of an array: ``("fsdp", ..., "tensor")`` and 3 -> ``["fsdp", None, "tensor"]``."""
-    axes: list[Any] = list(spec)
+def gather_block(params: Any, mesh: Mesh, dtype: DTypeLike) -> Any:
+    """A block's parameters as it computes with them: whole along ``fsdp``. What travels is in the compute dtype."""
+
+    def gather(path: tuple, leaf: jax.Array) -> jax.Array:
+        axes = _axes_of(f"blocks_/{leaf_name(path)}", leaf, RULES)
+        if "fsdp" not in axes:
+            return leaf
+        spec = PartitionSpec(*(None if axis == "fsdp" else axis for axis in axes))
+        return jax.lax.with_sharding_constraint(leaf.astype(dtype), NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(gather, params)
+
+
+def _axes_of(name: str, leaf: Any, rules: Sequence[tuple[str, Spec]]) -> list[Any]:
+    """The axes of the mesh for those of a parameter."""
+    found = next((spec for pattern, spec in rules if re.search(pattern, name)), None)
+    if found is None:
+        raise ValueError(f"no rule of dit_jax.sharding is about the parameter {name} {leaf.shape}")
+    axes = list(found)
     if ... in axes:
         i = axes.index(...)
-        axes[i : i + 1] = [None] * (ndim - len(axes) + 1)
+        axes[i : i + 1] = [None] * (leaf.ndim - len(axes) + 1)
     return axes
 
 
-def constrain(tree: Any, sharding: NamedSharding | None) -> Any:
-    """Arrays that a jitted function keeps in this sharding; None leaves it to the compiler."""
-    return tree if sharding is None else jax.lax.with_sharding_constraint(tree, sharding)
+def spread_batch(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays ``[B, ...]`` of a jitted function, split over the devices along B; no mesh leaves it to the compiler."""
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, batch_sharding(mesh))
 
 
 def with_sharding(shapes: Any, sharding: Any) -> Any:
@@ -137,9 +155,10 @@ def with_sharding(shapes: Any, sharding: Any) -> Any:
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, sharding)
 
 
-def gather_whole(tree: Any, mesh: Mesh) -> Any:
-    """All of every array on every device; each process must ask for it. What lies so already is not copied."""
-    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
+def gather_whole(tree: Any) -> Any:
+    """All of every array on every device of its mesh; of several processes, every one must ask for it."""
+    whole = jax.tree.map(lambda a: replicated(a.sharding.mesh), tree)
+    return jax.jit(lambda tree: tree, out_shardings=whole)(tree)
 
 
 def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:

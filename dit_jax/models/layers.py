@@ -185,9 +185,7 @@ class Mlp(nn.Module):
             x = nn.silu(gate) * x  # (4)
         else:
             x = Dense(s.mlp_width, dtype=s.dtype, kernel_init=XAVIER, name="fc_in")(x)
-            if s.mlp == "gelu":
-                x = nn.gelu(x.astype(jnp.float32)).astype(s.dtype)  # its cube does not fit into float16
-            else:
-                x = nn.silu(x)
+            # the cube of gelu does not fit into float16
+            x = nn.gelu(x.astype(jnp.float32)).astype(s.dtype) if s.mlp == "gelu" else nn.silu(x)
         x = nn.Dropout(s.dropout, deterministic=not train)(x)
         return Dense(s.hidden_size, dtype=s.dtype, kernel_init=XAVIER, name="fc_out")(x)

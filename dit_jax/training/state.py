@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dit_jax.arrays import Array, TextStates
 from dit_jax.models.dit import DiT
@@ -42,7 +42,8 @@ def init_params(model: DiT, key: jax.Array, h: int, w: int) -> Any:
     S, E, P = model.text_length, model.text_width, model.pooled_width
     text = TextStates(jnp.zeros((1, S, E)), jnp.zeros((1, P)), jnp.ones((1, S), bool))
     x = jnp.zeros((1, h, w, model.in_channels))
-    return model.init(key, x, jnp.zeros((1,)), text, train=False)["params"]
+    alone = model.clone(mesh=None)  # one picture goes into no mesh; what lies where is for the caller
+    return alone.init(key, x, jnp.zeros((1,)), text, train=False)["params"]
 
 
 def init_state(
@@ -54,7 +55,9 @@ def init_state(
     return jax.jit(init, out_shardings=shardings)(key)
 
 
-def abstract_state(model: DiT, optimizer: optax.GradientTransformation, h: int, w: int, mesh: Mesh) -> TrainState:
+def abstract_state(
+    model: DiT, optimizer: optax.GradientTransformation, h: int, w: int, mesh: Mesh | AbstractMesh
+) -> TrainState:
     """Shapes, dtypes and shardings of a state, without its arrays: what a checkpoint is restored into.
 
     Raises:
