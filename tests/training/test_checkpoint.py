@@ -139,7 +139,9 @@ def test_a_checkpoint_of_another_model_is_an_error_that_names_every_leaf(saved):
 def test_a_checkpoint_of_a_later_release_is_refused_by_its_name(steps):
     path = steps / "7" / "metadata" / "metadata"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": FORMAT + 1, "versions": {"dit_jax": "9.1"}}))
-    with pytest.raises(CheckpointError, match=rf"has format {FORMAT + 1}, this release reads {FORMAT} and older: .*\(9\.1\)"):
+    with pytest.raises(
+        CheckpointError, match=rf"has format {FORMAT + 1}, this release reads {FORMAT} and older: .*\(9\.1\)"
+    ):
         restore_metadata(steps, 7)
 
 
