@@ -143,7 +143,10 @@ def measure_sharding(preset: str, batch: int, dtype: str, devices: int) -> Itera
     model, itemsize = bench.model, jnp.dtype(dtype).itemsize
     flops = batch * training_flops(model, SIDE, SIDE)
     computing = {name: flops / MFU / PEAK_FLOPS[network.device] for name, network in NETWORKS.items()}
-    yield f"{preset}, {devices} devices, {batch} pictures each, {dtype}; MiB a device; computing at {MFU:.0%} of peak:", None
+    yield (
+        f"{preset}, {devices} devices, {batch} pictures each, {dtype}; MiB a device; computing at {MFU:.0%} of peak:",
+        None,
+    )
     yield ", ".join(f"{name}: {1e3 * t:,.1f} ms" for name, t in computing.items()), computing
     head = ["strategy", "state", "gathered", "gradients", "tokens", "collectives", "counted / formula"]
     yield "| " + " | ".join([*head, *(f"moving, {name}" for name in NETWORKS)]) + " |", None
