@@ -156,7 +156,7 @@ for fsdp, tensor, changes in json.loads(sys.argv[1]):
     shared = [a for a in jax.tree.leaves(state.params) if "fsdp" in a.sharding.spec]
     found = traffic(compiled.as_text())
     print(json.dumps({
-        "counts": {kind: each.count for kind, each in found.items()},
+        "counts": {kind: each.calls for kind, each in found.items()},
         "numbers": {kind: each.numbers for kind, each in found.items()},
         "shared": len(shared),
         "gathered": sum(a.addressable_data(0).size * fsdp for a in shared),

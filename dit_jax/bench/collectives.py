@@ -19,11 +19,11 @@ class Traffic(NamedTuple):
     """What one kind of collective moves in a step.
 
     Attributes:
-      count: how many there are; the compiler may make one of several.
+      calls: how many there are; the compiler may make one of several.
       numbers: of all their results on a device.
     """
 
-    count: int
+    calls: int
     numbers: int
 
 
