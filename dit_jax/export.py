@@ -14,12 +14,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dit_jax.config import FORMATS
 from dit_jax.drawing.pipeline import Pipeline
 from dit_jax.ending import run_program, writable
 from dit_jax.errors import ConfigError
 from dit_jax.runtime import add_flags, path_of, set_up
 from dit_jax.sample import add_model_flags
-from dit_jax.stored import FORMATS, write_stored
 
 DTYPES = ("float32", "bfloat16")
 
@@ -39,6 +39,7 @@ def export(pipeline: Pipeline, output: Path, form: str, dtype: str, copy_encoder
       WorkdirError: ``output`` cannot be written to.
     """
     from dit_jax.encoders import places
+    from dit_jax.stored import write_stored
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} holds something already; give another --output, or remove it")

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             shapes_scores(args.model, QUICK if args.count is None else args.count)
 
-    run_program(measure, args.traceback, "lower batch_size")
+    run_program(measure, args.traceback, "lower --config.batch_size, or raise --config.accumulate")
 
 
 if __name__ == "__main__":
