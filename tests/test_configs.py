@@ -19,6 +19,7 @@ from dit_jax.dry_run import ENCODERS, make_plan, predict, predict_with
 from dit_jax.models.flops import DEVICES, GIB, training_flops
 from dit_jax.resolve import resolve
 from dit_jax.sample import Pipeline
+from dit_jax.sharding import abstract_mesh
 from dit_jax.training.state import init_params
 from dit_jax.trees import count_parameters
 
