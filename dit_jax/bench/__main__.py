@@ -4,13 +4,14 @@ python -m dit_jax.bench train     --preset=small [--batch=8] [--dtype=float32] [
 python -m dit_jax.bench ablation  --preset=small [--batch=8]
 python -m dit_jax.bench compile   --preset=s2
 python -m dit_jax.bench attention --preset=b2 [--dtype=bfloat16]
+python -m dit_jax.bench shard     --preset=xl2 --devices=64 [--batch=32]
 
 python -m dit_jax.bench memory --config=configs/small.py [--config.key=value ...]
 python -m dit_jax.bench data   --config=configs/small.py [--config.data.source=cache:FOLDER]
 python -m dit_jax.bench sampling --config=configs/small.py [--config.sample.grid=trailing]
 python -m dit_jax.bench sampling --model=runs/quickstart [--count=1000]
 
-The first four measure the train step on made-up latents; they need jax, flax, optax and ml_collections alone, and
+The first five measure the train step on made-up latents; they need jax, flax, optax and ml_collections alone, and
 torch to compare with it.
 """
 
@@ -29,6 +30,7 @@ OF_PRESETS = {
     "ablation": "the train step with and without each of the choices that make it fast",
     "compile": "seconds and instructions of the train step, where nothing is cached and where it is",
     "attention": "the ways to compute it",
+    "shard": "what the train step moves between devices that need not be there, by the way that they share it",
 }
 PRESETS = ("small", "s2", "b2", "l2", "xl2")
 DTYPES = ("float32", "bfloat16")
@@ -51,9 +53,11 @@ def _measure_preset(argv: Sequence[str]) -> None:
         prog=f"python -m dit_jax.bench {what}", description=OF_PRESETS[what], allow_abbrev=False
     )
     parser.add_argument("--preset", choices=PRESETS, required=True, help="size of the model; b2 is DiT-B/2")
-    parser.add_argument("--batch", type=_positive, help="pictures a step; default: by preset")
+    parser.add_argument("--batch", type=_positive, help="pictures a step, of one device; default: by preset")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the arithmetic")
-    if what != "compile":
+    if what == "shard":
+        parser.add_argument("--devices", type=_positive, default=8, help="how many share the step; default: 8")
+    elif what != "compile":
         parser.add_argument("--rounds", type=_positive, default=ROUNDS, help="how often each candidate is timed")
     if what == "train":
         parser.add_argument("--ref", choices=["torch"], help="take the same step with PyTorch, and compare")
@@ -62,7 +66,7 @@ def _measure_preset(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv[1:])
 
     def measure() -> None:
-        set_up(args.allow_cpu, args.verbose)
+        set_up(args.allow_cpu or what == "shard", args.verbose)
         from dit_jax.bench import presets, report
 
         batch = args.batch or presets.PRESETS[args.preset].batch
@@ -85,6 +89,10 @@ def _lines(what: str, args: argparse.Namespace, batch: int) -> Iterator[tuple[st
         from dit_jax.bench.compiling import measure_compiling
 
         return measure_compiling(args.preset, batch, args.dtype)
+    if what == "shard":
+        from dit_jax.bench.shard import measure_sharding
+
+        return measure_sharding(args.preset, batch, args.dtype, args.devices)
     from dit_jax.bench.attention import measure_attention
 
     return measure_attention(args.preset, batch, args.dtype, args.rounds)
