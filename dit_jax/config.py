@@ -145,6 +145,17 @@ def load_config(spec: str, overrides: Mapping[str, str]) -> ConfigDict:
     return config
 
 
+def defaults() -> dict[str, Any] | None:
+    """What every key means that no config sets, by dotted key; None where the package lies without its configs."""
+    path = Path(__file__).parents[1] / "configs" / "default.py"
+    if not (path.is_file() and (path.parents[1] / "setup.cfg").is_file()):  # not another's, beside an installed wheel
+        return None
+    try:
+        return flatten(_run_config_file(path))
+    except ConfigError:  # somebody is changing it; who starts from it is told
+        return None
+
+
 def _run_config_file(path: Path) -> ConfigDict:
     """Import a config file and call its ``get_config``; `configs`, which it lies in, can be imported from it."""
     folder = path.resolve().parent

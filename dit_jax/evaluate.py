@@ -14,8 +14,8 @@ training picture (`dit_jax.metrics.nearest`) has that caption. It measures what 
 ``validation``: the error of x0 (`dit_jax.training.validation`) on the records that the run set aside, as the run itself
 logs it with ``validate_every``; or on all records of another source. It draws nothing.
 
-All write ``evaluation/METRIC.json``, and a grid of the first pictures that they drew, into the run, and print the score
-last.
+All write ``evaluation/METRIC.json``, and a grid of the first pictures that they drew, into the run, show the scores on
+its ``report.html``, and print the score last.
 """
 
 import argparse
@@ -33,10 +33,13 @@ from PIL import Image
 from dit_jax.data.shapes_world import FULL, QUICK
 from dit_jax.drawing.pictures import make_grid, save_png
 from dit_jax.drawing.pipeline import Pipeline
+from dit_jax.duties import make_page_again
 from dit_jax.ending import run_program, writable
 from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.runtime import add_flags, path_of, set_up
 from dit_jax.sample import add_model_flags
+from dit_jax.training.writer import METRICS
+from dit_jax.workdir import Workdir
 
 SHOWN_SHAPES = 16  # pictures of each class in the grid: the first ones
 CAPTIONS = 100  # training captions of ``nearest``
@@ -171,7 +174,7 @@ def score_validation(pipeline: Pipeline, elsewhere: bool) -> tuple[Scores, None,
     return scores, None, f"validation: {in_words(errors)}"
 
 
-METRICS: dict[str, Callable[[Pipeline, argparse.Namespace], tuple[Scores, Image.Image | None, str]]] = {
+SCORED: dict[str, Callable[[Pipeline, argparse.Namespace], tuple[Scores, Image.Image | None, str]]] = {
     "shapes": lambda pipeline, args: score_shapes(pipeline, args.full),
     "nearest": lambda pipeline, args: score_nearest(pipeline),
     "validation": lambda pipeline, args: score_validation(pipeline, args.source is not None),
@@ -182,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The program's flags."""
     parser = argparse.ArgumentParser(prog="python -m dit_jax.evaluate", description="Score a trained model.")
     add_model_flags(parser)
-    parser.add_argument("--metric", choices=METRICS, default="shapes")
+    parser.add_argument("--metric", choices=SCORED, default="shapes")
     parser.add_argument("--full", action="store_true", help=f"shapes: {FULL} prompts of each class, not {QUICK}")
     parser.add_argument(
         "--source",
@@ -216,13 +219,15 @@ def _evaluate(args: argparse.Namespace) -> None:
     for unused in ("prompts", "strength"):
         settings.pop(unused, None)
     print("settings: " + " ".join(f"{key}={value}" for key, value in settings.items()), flush=True)
-    scores, grid, line = METRICS[args.metric](pipeline, args)
+    scores, grid, line = SCORED[args.metric](pipeline, args)
     written = json.dumps({"settings": settings, "scores": scores}, indent=2)
     with writable(folder):
         (folder / f"{args.metric}.json").write_text(written + "\n")
         if grid:
             save_png(grid, folder / f"{args.metric}.png", {"step": str(trained.step)})
             print(f"pictures, unpicked: {folder / f'{args.metric}.png'}")
+    if (model / METRICS).is_file() and (warning := make_page_again(Workdir(model, model))):
+        print(f"warning: {warning}")
     print(line)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -102,11 +103,18 @@ def offer_embedded() -> Iterator[None]:
         ) from error
 
 
-def describe(parts: Parts) -> dict[str, Any]:
-    """What a checkpoint says of itself beside its arrays."""
+def describe(parts: Parts, parameters: int) -> dict[str, Any]:
+    """What a checkpoint says of itself beside its arrays, of which so many numbers are ``parameters``."""
     versions = {name: version(name) for name in PACKAGES} | {"dit_jax": dit_jax.__version__, "git": git_commit()}
-    mesh = dict(parts.mesh.shape)
-    return {**parts.identity, "config": parts.config.to_dict(), "versions": versions, "mesh": mesh}
+    return {
+        **parts.identity,
+        "config": parts.config.to_dict(),
+        "versions": versions,
+        "python": platform.python_version(),
+        "devices": f"{parts.mesh.size} x {jax.devices()[0].device_kind}",
+        "mesh": dict(parts.mesh.shape),
+        "parameters": parameters,
+    }
 
 
 def refuse_another(saved: dict[str, str], found: dict[str, str]) -> None:

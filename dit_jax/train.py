@@ -1,6 +1,6 @@
 """Trains a model: one call, `run`, from a config to a finished workdir.
 
-    workdir/  config.json  checkpoints/<step>/  metrics.jsonl  timing.jsonl  tb/  samples/  STATUS.json
+    workdir/  config.json  checkpoints/<step>/  metrics.jsonl  timing.jsonl  tb/  samples/  STATUS.json  report.html
               bad_records.jsonl, diverged/, logs/ where there was something to tell
 
 Several processes call it alike (`dit_jax.processes`); the first of them writes and says what there is to say.
@@ -31,11 +31,12 @@ from dit_jax import build, processes
 from dit_jax.config import is_export, mend_run, take_over, to_json
 from dit_jax.data.ahead import ahead
 from dit_jax.drawing.pipeline import Pipeline
-from dit_jax.duties import draw_samples, make_duties, score
+from dit_jax.duties import draw_samples, make_duties, open_report, reported, score, write_page
 from dit_jax.ending import writable
 from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.feed import open_feed, open_validation
 from dit_jax.files import write_whole
+from dit_jax.metrics.report import Report
 from dit_jax.models.flops import peak_flops, training_flops
 from dit_jax.origin import begin_from
 from dit_jax.parts import PACKAGES, Parts, describe, gather, refuse_another
@@ -100,24 +101,27 @@ def train(config: ConfigDict, workdir: Workdir, watch: Watch | None, extend: boo
     stop = min(config.stop_at_step or config.total_steps, config.total_steps)
     banner(parts, start)
     duties = make_duties(config, workdir)
-    spent = restore_metadata(checkpoints.directory, start).get("productive_seconds", 0.0) if start else 0.0
-    status = Status(workdir.folder, start, config.total_steps, spent, begun)
+    saved = restore_metadata(checkpoints.directory, start) if start else {}
+    status = Status(workdir.folder, start, config.total_steps, saved.get("productive_seconds", 0.0), begun)
+    report = open_report(workdir, saved)
     if start >= stop and not any(duty.owed(start) for duty in duties):
         limit = "" if stop == config.total_steps else f" (stop_at_step {stop} of {config.total_steps})"
         say(f"nothing to do: step {start} of {stop} is done{limit}")
         checkpoints.close()
         status.settle()
+        write_page(report)
         return None
 
-    with status, checkpoints.room(), closing(checkpoints):
+    with reported(report), status, checkpoints.room(), closing(checkpoints):
         shapes = abstract_state(parts.model, parts.optimizer, parts.side, parts.side, parts.mesh)
+        report.about = describe(parts, count_parameters(shapes.params))
         saves = [step for step in range(start + 1, stop + 1) if step == stop or is_multiple(step, config.save_every)]
         keeps = config.keep_latest, config.keep_every, config.keep_best
         for note in parts.notes + check_room(checkpoints.directory, shapes, saves, *keeps):
             say(f"warning: {note}")
         state = checkpoints.restore(start, shapes) if start else begin(parts)
         steps = range(start + 1, stop + 1)
-        state = take_steps(parts, duties, checkpoints, status, state, steps, deadline, watch)
+        state = take_steps(parts, duties, checkpoints, status, report, state, steps, deadline, watch)
     say(f"done: step {int(state.step)} of {config.total_steps}")
     return state
 
@@ -136,6 +140,7 @@ def take_steps(
     duties: tuple[Duty, Duty],
     checkpoints: Checkpoints,
     status: Status,
+    report: Report,
     state: TrainState,
     steps: range,
     deadline: float | None,
@@ -146,7 +151,7 @@ def take_steps(
     Args:
       parts: of the run.
       duties: validation and samples.
-      checkpoints, status: of the run.
+      checkpoints, status, report: of the run.
       state: after the step before the first; its arrays are given up.
       steps: perhaps none, where only a duty is left.
       deadline: when to stop, on the clock of `time.monotonic`.
@@ -165,6 +170,7 @@ def take_steps(
 
     def stalled(reason: str) -> None:
         status.stalled(reason)
+        write_page(report)
         workdir.bring()
 
     start, stop = steps.start - 1, steps.stop - 1
@@ -175,6 +181,7 @@ def take_steps(
         closing(make_progress(config, writer, start, flops, mesh)) as progress,
         closing(ahead(on_devices, AHEAD, config.data.patience, config.data.source)) as coming,
     ):
+        write_page(report)  # again: the writer has cut off what an earlier life wrote of later steps
         pipeline = Pipeline(
             config, parts.preview, parts.text_encoder, state.ema, Trained(start, "ema", **parts.identity)
         )
@@ -197,10 +204,10 @@ def take_steps(
                 save_every=config.save_every,
                 validation=duties[0],
                 samples=duties[1],
-                validate=functools.partial(score, validation, writer),
-                draw=functools.partial(draw_samples, pipeline, prompts, workdir, writer),
+                validate=functools.partial(score, validation, writer, report),
+                draw=functools.partial(draw_samples, pipeline, prompts, workdir, writer, report),
                 checkpoints=checkpoints,
-                metadata=describe(parts),
+                metadata=report.about,
                 progress=progress,
                 status=status,
                 stop=told,

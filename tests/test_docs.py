@@ -37,6 +37,7 @@ DOCUMENTS = [
     "docs/validation.md",
     "docs/recipes.md",
     "docs/reliability.md",
+    "docs/report.md",
 ]
 SOURCES = [*PACKAGE.rglob("*.py"), *(REPOSITORY / "configs").rglob("*.py")]
 KEYS = flatten(default.get_config())

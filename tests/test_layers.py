@@ -21,7 +21,10 @@ LEAVES = {"arrays", "trees", "sharding", "errors", "files", "stores", "processes
 LIBRARIES = {"diffusion", "models", "encoders", "data"}  # layer 1: do not know each other
 ROOMS = {"training", "metrics"}  # layer 2
 # layer 4
-PROGRAMS = {"sample", "evaluate", "train", "dry_run", "precompute", "export", "serve", "doctor", "bench", "__main__"}
+PROGRAMS = {
+    *("sample", "evaluate", "train", "dry_run", "precompute", "export", "serve", "doctor", "bench", "report"),
+    "__main__",
+}
 # layer 3
 MIDDLE = {
     "config", "resolve", "build", "feed", "exchange", "stored", "origin", "drawing", "runtime", "ending", "workdir",
@@ -49,7 +52,7 @@ MAY_IMPORT = {
     "ending": LEAVES,  # and how they end
     "workdir": LEAVES,  # where a run lies
     "parts": LEAVES | {"data", "diffusion", "encoders", "models", "build", "resolve", "runtime", "workdir"},
-    "duties": LEAVES | {"training", "drawing", "workdir"},  # what a run does beside its steps
+    "duties": LEAVES | {"training", "metrics", "drawing", "workdir", "config"},  # what a run does beside its steps
     **{program: BELOW_PROGRAMS | {"sample"} for program in PROGRAMS},
     "train": BELOW_PROGRAMS | {"evaluate"},
     "main": PROGRAMS | {"config", "runtime", "ending", "errors", "processes", "stores"},

@@ -6,6 +6,8 @@
     saved               the last step that was saved
     reason              why it ended; empty while it trains and when it is done
     restarts            how many processes were there before this one
+    start               the step that this one started from
+    earlier             how the latest of those before it ended: start, step, state, reason and updated of each
     productive_seconds  in training steps that the run has kept: no start, no compiling, no saving, no sampling, no
                         waiting for data, no step that was lost and done again
     wall_seconds        since the run first began, whether a process ran or not
@@ -31,6 +33,8 @@ from dit_jax.files import read_json, write_whole
 
 NAME = "STATUS.json"
 EVERY = 5.0  # seconds between two writes of one state
+EARLIER = 50  # processes that are remembered
+REMEMBERED = ("start", "step", "state", "reason", "updated")  # of each
 ENDS = {DivergedError: "diverged", PreemptedError: "preempted", Told: "preempted", KeyboardInterrupt: "interrupted"}
 
 
@@ -51,6 +55,7 @@ class Status:
         self._spent, self._productive, self._written = productive, productive, 0.0
         self._step, self._total, self._saved = start, total_steps, start
         self._restarts = self.earlier["restarts"] + 1 if self.earlier else 0
+        self._start, self._ends = start, _ends(self.earlier)
         self._begun = self.earlier.get("begun") or _written(begun)
 
     def __enter__(self) -> "Status":
@@ -98,6 +103,8 @@ class Status:
             "saved": self._saved,
             "reason": reason,
             "restarts": self._restarts,
+            "start": self._start,
+            "earlier": self._ends,
             "productive_seconds": round(self._productive, 3),
             "wall_seconds": round((datetime.now(UTC) - begun).total_seconds(), 3),
             "begun": self._begun,
@@ -110,6 +117,15 @@ class Status:
 
 def _written(moment: datetime) -> str:
     return moment.isoformat(timespec="milliseconds")
+
+
+def _ends(earlier: dict[str, Any]) -> list[Any]:
+    """How the processes before this one ended, by what the last of them left."""
+    if not earlier:
+        return []
+    before = earlier.get("earlier")
+    last = {key: earlier.get(key) for key in REMEMBERED}
+    return [*(before if isinstance(before, list) else []), last][-EARLIER:]
 
 
 def read_status(workdir: Path) -> dict[str, Any]:

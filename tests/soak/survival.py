@@ -134,7 +134,7 @@ def _files(workdir: Path) -> dict[str, bytes]:
     for path in sorted(workdir.rglob("*")):
         name = path.relative_to(workdir).as_posix()
         if path.is_file() and not name.startswith(("checkpoints/", "tb/")):
-            found[name] = b"" if name in ("timing.jsonl", "STATUS.json") else path.read_bytes()
+            found[name] = b"" if name in ("timing.jsonl", "STATUS.json", "report.html") else path.read_bytes()
     return found
 
 

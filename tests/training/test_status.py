@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import pytest
 
 from dit_jax.errors import DataError, DivergedError, PreemptedError, Told
-from dit_jax.training.status import NAME, Status
+from dit_jax.training.status import EARLIER, NAME, Status
 
 NOW = datetime.now(UTC)
 
@@ -28,6 +28,8 @@ def test_a_status_goes_through_the_life_of_a_run(tmp_path):
         assert status.done(10, 1.0) == 3.5  # what the checkpoint says, and what came since
     last = read(tmp_path)
     assert (last["state"], last["step"], last["restarts"], last["begun"]) == ("done", 10, 1, first["begun"])
+    ended = {"start": 0, "step": 4, "state": "stopped", "reason": "", "updated": first["updated"]}
+    assert first["earlier"] == [] and last["start"] == 4 and last["earlier"] == [ended]
     assert last["productive_seconds"] == 3.5 and last["wall_seconds"] >= first["wall_seconds"]
 
 
@@ -60,6 +62,13 @@ def test_a_run_that_was_killed_when_all_was_done_is_done(tmp_path):
     assert (read(tmp_path)["state"], read(tmp_path)["step"]) == ("done", 10)
     Status(tmp_path, 10, 10, 0.0, NOW).settle()
     assert path.read_text() == done
+
+
+def test_only_the_latest_processes_are_remembered(tmp_path):
+    for start in range(EARLIER + 3):
+        Status(tmp_path, start, 100, 0.0, NOW).stalled("again")
+    found = read(tmp_path)
+    assert [one["start"] for one in found["earlier"]] == list(range(2, EARLIER + 2)) and found["start"] == EARLIER + 2
 
 
 def test_one_that_stalls_says_so_before_it_ends(tmp_path):
