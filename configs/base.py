@@ -4,8 +4,8 @@
     python -m dit_jax.main --config=configs/base.py --dry_run --device=4090
 
 116.1 M parameters, 137.9 GFLOP an image in training, bfloat16 on an RTX 4090. Predicted memory, an estimate:
-10.8 GiB at batch 128 in slices of 32. Largest batch in one slice that fits there:
-58 with model.remat=none, 217 with dots, 449 with full. Not trained yet: there is no loss and no time to compare with.
+9.9 GiB at batch 128 in slices of 32. Largest batch in one slice that fits there:
+65 with model.remat=none, 228 with dots, 498 with full. Not trained yet: there is no loss and no time to compare with.
 """
 
 from ml_collections import ConfigDict

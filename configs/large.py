@@ -4,8 +4,8 @@
     python -m dit_jax.main --config=configs/large.py --dry_run --device=4090
 
 407.5 M parameters, 483.9 GFLOP an image in training, bfloat16 on an RTX 4090. Predicted memory, an estimate:
-13.7 GiB at batch 128 in slices of 32 and model.remat=dots. Largest batch in one slice that fits there:
-13 with model.remat=none, 65 with dots, 188 with full. Not trained yet: there is no loss and no time to compare with.
+13.6 GiB at batch 128 in slices of 32 and model.remat=dots. Largest batch in one slice that fits there:
+14 with model.remat=none, 67 with dots, 206 with full. Not trained yet: there is no loss and no time to compare with.
 """
 
 from ml_collections import ConfigDict

@@ -4,8 +4,8 @@
     python -m dit_jax.main --config=configs/small.py --dry_run --device=4090
 
 19.9 M parameters, 24.2 GFLOP an image in training, bfloat16 on an RTX 4090. Predicted memory, an estimate:
-11.3 GiB at batch 128. Largest batch in one slice that fits there:
-195 with model.remat=none, 603 with dots, 1052 with full. Not trained yet: there is no loss and no time to compare with.
+10.1 GiB at batch 128. Largest batch in one slice that fits there:
+219 with model.remat=none, 642 with dots, 1174 with full. Not trained yet: there is no loss and no time to compare with.
 """
 
 from ml_collections import ConfigDict

@@ -4,8 +4,8 @@
     python -m dit_jax.main --config=configs/xl.py --dry_run --device=4090
 
 600.5 M parameters, 711.3 GFLOP an image in training, bfloat16 on an RTX 4090. Predicted memory, an estimate:
-16.3 GiB at batch 128 in slices of 16 and model.remat=dots. Largest batch in one slice that fits there:
-5 with model.remat=none, 32 with dots, 102 with full. Not trained yet: there is no loss and no time to compare with.
+16.2 GiB at batch 128 in slices of 16 and model.remat=dots. Largest batch in one slice that fits there:
+6 with model.remat=none, 33 with dots, 112 with full. Not trained yet: there is no loss and no time to compare with.
 """
 
 from ml_collections import ConfigDict

@@ -11,13 +11,14 @@ estimate (`dit_jax.training.memory`). Nothing is written to the workdir and noth
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from dit_jax import build
@@ -33,8 +34,12 @@ from dit_jax.training.state import TrainState, abstract_state, init_state
 from dit_jax.training.step import TrainStep
 from dit_jax.trees import named_leaves
 
+if TYPE_CHECKING:
+    from dit_jax.encoders import VAEShape
+
 ENCODERS = GIB  # kept free for the frozen encoders: a Stable Diffusion VAE and CLIP-L are 0.8 GiB in float32
 MANY = 10**12  # records of a set that is not looked at: no check of lengths must fail because of it
+HOPELESS = "at no batch size and with no policy: take a smaller model or a larger device"
 STEPS, PATIENCE = 3, 30.0  # a step is measured on so many, or as many as begin within so many seconds
 
 
@@ -70,15 +75,35 @@ class Need:
         return self.total(batch_size // self.accumulate) <= budget
 
 
-def predict(config: ConfigDict, step: TrainStep, state: TrainState, h: int, w: int) -> Need:
-    """The memory of a step on ``h x w`` latents; ``state`` says what is held beside activations."""
+class Plan(NamedTuple):
+    """A run's step and state, in shapes alone, for square latents of a side."""
+
+    step: TrainStep
+    state: TrainState
+    side: int
+
+
+def make_plan(config: ConfigDict, dtype: DTypeLike, vae: "VAEShape") -> Plan:
+    """The objects of a resolved config that computes in ``dtype``."""
+    side = config.data.image_size // vae.factor
+    model, process = build.make_model(config, dtype), build.make_process(config)
+    optimizer, learning_rate = build.make_optimizer(config)
+    state = abstract_state(model, optimizer, side, side, make_mesh(jax.devices()))
+    if not config.latents.scale:  # measured in training; any will do here
+        config.latents.shift, config.latents.scale = (0.0,) * vae.channels, (1.0,) * vae.channels
+    return Plan(build.make_step(config, model, process, optimizer, learning_rate), state, side)
+
+
+def predict(config: ConfigDict, plan: Plan) -> Need:
+    """The memory of a step."""
+    step, state, side = plan
     state_bytes = {
         "parameters": size(state.params),
         "gradients": size(state.params),
         f"optimizer ({config.optimizer})": size(state.opt_state),
         "moving average": size(state.ema),
     }
-    return Need(state_bytes, predict_activations(step, h, w), config.accumulate)
+    return Need(state_bytes, predict_activations(step, side, side), config.accumulate)
 
 
 def size(tree: object) -> int:
@@ -108,20 +133,14 @@ def report(config: ConfigDict, name: str, device_name: str | None) -> None:
     notes = resolve(config, MANY if records is None else records, vae, text, num_devices)
     chosen = device.dtype if device and config.dtype == "auto" else config.dtype
     dtype = build.compute_dtype(chosen, jax.devices()[0])
-    model, process = build.make_model(config, dtype), build.make_process(config)
-    build.make_times(config, process)
-    build.make_sampler(config, process, build.make_grid(config, process))
-    optimizer, learning_rate = build.make_optimizer(config)
+    plan = make_plan(config, dtype, vae)
+    step, state, side = plan
+    build.make_times(config, step.process)
+    build.make_sampler(config, step.process, build.make_grid(config, step.process))
     if by_epochs:
         config.total_steps = 0
         notes.append("total_steps is 0 here: it follows from total_epochs and the number of pictures")
-    side = config.data.image_size // vae.factor
-    mesh = make_mesh(jax.devices())
-    state = abstract_state(model, optimizer, side, side, mesh)
-    if not config.latents.scale:  # measured in training; any will do here
-        config.latents.shift, config.latents.scale = (0.0,) * vae.channels, (1.0,) * vae.channels
-    step = build.make_step(config, model, process, optimizer, learning_rate)
-    need = predict(config, step, state, side, side)
+    need = predict(config, plan)
 
     # ---- what can be said of every run
     say(f"dry run of {name}: nothing is trained, downloaded or written to a workdir")
@@ -130,7 +149,7 @@ def report(config: ConfigDict, name: str, device_name: str | None) -> None:
         say(f"  {key} = {value!r}")
     for note in notes:
         say(f"warning: {note}")
-    say_model(config, model, state, side)
+    say_model(config, step.model, state, side)
     where = device.kind if device else f"a device of this machine ({num_devices} x {jax.devices()[0].device_kind})"
     section(f"predicted memory of {where}: an estimate, in GiB")
     say(f"  compute in {np.dtype(dtype).name}, model.remat={config.model.remat}, accumulate={config.accumulate}")
@@ -140,7 +159,7 @@ def report(config: ConfigDict, name: str, device_name: str | None) -> None:
     # ---- what fits there, or what this machine says
     if device:
         section(f"does it fit on one {device.kind} of {device.memory / GIB:.0f} GiB?")
-        say_fit(config, step, state, side, device)
+        say_fit(config, plan, device)
         return
     section("data and time on this machine")
     if records is None:
@@ -151,9 +170,7 @@ def report(config: ConfigDict, name: str, device_name: str | None) -> None:
     if config.validate_every:
         held_out = len(build.make_validation_source(config))
         say(f"  {held_out:,} others are set aside and validate every {config.validate_every:,} steps")
-    batch = abstract_batch(model, config.batch_size, side, side, config.data.storage_dtype)
-    batch = with_sharding(batch, batch_sharding(mesh))
-    say_measured(config, step, state, batch, lambda: init_state(model, optimizer, jax.random.key(0), side, side, mesh))
+    say_measured(config, plan, need.total(images))
 
 
 def look_at_data(config: ConfigDict) -> tuple[int | None, str]:
@@ -200,7 +217,7 @@ def say_memory(config: ConfigDict, need: Need, images: int) -> None:
     say(f"  not in it: frozen encoders (up to {ENCODERS / GIB:.0f} GiB), and what drawing samples needs between steps")
 
 
-def say_fit(config: ConfigDict, step: TrainStep, state: TrainState, side: int, device: Device) -> None:
+def say_fit(config: ConfigDict, plan: Plan, device: Device) -> None:
     """Whether the config's batch fits on the device, the largest that does, and the keys that help."""
     budget = int(device.memory * device.usable) - ENCODERS
     taken = "" if device.usable == 1 else f"of which JAX takes {device.usable:.0%}, "
@@ -208,11 +225,7 @@ def say_fit(config: ConfigDict, step: TrainStep, state: TrainState, side: int, d
     say(f"  {memory}: {budget / GIB:.2f} GiB for a step")
     if taken:
         say("  (XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 in the environment lets JAX take 90%; not counted here)")
-
-    def need(**changes: Any) -> Need:
-        return predict(config, dataclasses.replace(step, model=step.model.clone(**changes)), state, side, side)
-
-    needs = {remat: need(remat=remat) for remat in REMAT_POLICIES}
+    needs = by_policy(config, plan)
     for remat, other in needs.items():
         most = other.most_images(budget) * config.accumulate
         now = "  <- the config's" if remat == config.model.remat else ""
@@ -220,54 +233,95 @@ def say_fit(config: ConfigDict, step: TrainStep, state: TrainState, side: int, d
     if needs[config.model.remat].fits(config.batch_size, budget):
         say(f"  fits: batch_size={config.batch_size}")
         return
-    half = need(dtype=jnp.bfloat16) if config.dtype == "float32" else None
-    found = list(remedies(config, needs, half, budget))
+    half = predict_with(config, plan, dtype=jnp.bfloat16) if config.dtype == "float32" else None
+    found = [as_flags(changes) for changes in remedies(config, needs, half, budget, 1)]
     if not found:
-        say("  does NOT fit, at no batch size and with no policy: take a smaller model or a larger device")
+        say(f"  does NOT fit, {HOPELESS}")
         return
     say(f"  does NOT fit: batch_size={config.batch_size}. By the same estimate each line alone mends it:")
-    for changes in found:
-        say("    " + " ".join(f"--config.{key}={value}" for key, value in changes.items()))
+    for flags in found:
+        say(f"    {flags}")
+
+
+def advice(config: ConfigDict) -> str:
+    """What a run can do whose memory was not enough on the devices that are here: flags, each of which alone mends it.
+
+    By the estimate, which a run that did not fit has shown to be too low or too high for this device: what is advised
+    needs less than the device has, and less than the run.
+
+    Args:
+      config: of the run; resolved.
+    """
+    vae, _ = build.describe_encoders(config)
+    devices = jax.devices()
+    plan = make_plan(config, build.compute_dtype(config.dtype, devices[0]), vae)
+    needs = by_policy(config, plan)
+    needed = needs[config.model.remat].total(config.batch_size // (config.accumulate * len(devices)))
+    stats = devices[0].memory_stats() or {}
+    budget = min(needed - 1, stats.get("bytes_limit", needed + ENCODERS) - ENCODERS)
+    found = [as_flags(changes) for changes in remedies(config, needs, None, budget, len(devices))]
+    if not found:
+        return f"by the estimate of --dry_run it fits {HOPELESS}"
+    return f"by the estimate of --dry_run each of these alone mends it: {', or '.join(found)}"
+
+
+def by_policy(config: ConfigDict, plan: Plan) -> dict[str, Need]:
+    """What a run would need with each policy of remat."""
+    return {remat: predict_with(config, plan, remat=remat) for remat in REMAT_POLICIES}
+
+
+def predict_with(config: ConfigDict, plan: Plan, **changes: Any) -> Need:
+    """What a run would need with another model."""
+    step = dataclasses.replace(plan.step, model=plan.step.model.clone(**changes))
+    return predict(config, plan._replace(step=step))
+
+
+def as_flags(changes: dict[str, int | str]) -> str:
+    """Changes of keys as a command line has them."""
+    return " ".join(f"--config.{key}={value}" for key, value in changes.items())
 
 
 def remedies(
-    config: ConfigDict, needs: dict[str, Need], half: Need | None, budget: int
+    config: ConfigDict, needs: dict[str, Need], half: Need | None, budget: int, num_devices: int
 ) -> Iterator[dict[str, int | str]]:
     """Changes of keys with which the config fits; each was checked by the prediction.
 
     For each policy of remat the fewest slices that fit, then a smaller batch, and arithmetic in 16 bits. ``needs`` are
     by policy; ``half`` is that in 16 bits, where the config asks for 32.
     """
-    slices = [a for a in range(1, config.batch_size + 1) if config.batch_size % a == 0]
+    B = config.batch_size // num_devices
+    slices = [a for a in range(1, B + 1) if B % a == 0]
     policies = list(REMAT_POLICIES)
     for remat in policies[policies.index(config.model.remat) :]:
         for accumulate in slices:
-            if dataclasses.replace(needs[remat], accumulate=accumulate).fits(config.batch_size, budget):
+            if dataclasses.replace(needs[remat], accumulate=accumulate).fits(B, budget):
                 new: dict[str, int | str] = {"model.remat": remat, "accumulate": accumulate}
                 old = flatten(config)
                 yield {key: value for key, value in new.items() if value != old[key]}
                 break
-    if most := needs[config.model.remat].most_images(budget) * config.accumulate:
+    if most := needs[config.model.remat].most_images(budget) * config.accumulate * num_devices:
         yield {"batch_size": most}
-    if half is not None and half.fits(config.batch_size, budget):
+    if half is not None and half.fits(B, budget):
         yield {"dtype": "auto"}
 
 
-def say_measured(
-    config: ConfigDict,
-    step: TrainStep,
-    state: TrainState,
-    batch: dict[str, jax.ShapeDtypeStruct],
-    make_state: Callable[[], TrainState],
-) -> None:
-    """Compile the real step for these shapes; take a few on zeros where they fit; say bytes and hours."""
+def say_measured(config: ConfigDict, plan: Plan, predicted: int) -> None:
+    """Compile the real step for these shapes; take a few on zeros where they fit; say bytes and hours.
+
+    ``predicted`` is the estimate of a device's bytes.
+    """
+    step, state, side = plan
+    mesh = make_mesh(jax.devices())
+    batch = abstract_batch(step.model, config.batch_size, side, side, config.data.storage_dtype)
+    batch = with_sharding(batch, batch_sharding(mesh))
     say("  compiling the train step ...")
     begin = time.monotonic()
     compiled = step.compile(state, batch)
     parts = compiled_bytes(compiled)
     say(
         f"  compiled memory {parts['total'] / GIB:.3f} GiB a device, of it {parts['temporaries'] / GIB:.3f} for"
-        f" activations and gradients (compiled in {time.monotonic() - begin:.0f} s)"
+        f" activations and gradients (compiled in {time.monotonic() - begin:.0f} s); the estimate is"
+        f" {predicted / parts['total'] - 1:+.0%} off"
     )
     room = free_memory()
     needed = parts["total"] * (len(jax.devices()) if jax.default_backend() == "cpu" else 1)
@@ -275,7 +329,8 @@ def say_measured(
         say(f"  time not measured: a step needs {needed / GIB:.1f} GiB, this machine has {room / GIB:.1f} GiB free")
         return
     values = jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), batch)
-    held, metrics = compiled(make_state(), values)  # the first step is slower than the others
+    held = init_state(step.model, step.optimizer, jax.random.key(0), side, side, mesh)
+    held, metrics = compiled(held, values)  # the first step is slower than the others
     jax.block_until_ready(metrics)
     begin = time.monotonic()
     taken = 0

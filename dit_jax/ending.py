@@ -33,6 +33,7 @@ INTERRUPTED = 130
 INSIST_EVERY = 0.5  # seconds after which what a signal raised is raised again, if it is lost
 # What a full disk is called by the system and by tensorstore, whose messages begin with RESOURCE_EXHAUSTED too.
 DISK_FULL = ("No space left", "os_error_code='28'", "Disk quota")
+DEVICE_FULL = ("RESOURCE_EXHAUSTED", "CUDA_ERROR_OUT_OF_MEMORY")  # in errors of XLA
 
 
 class _Ending:
@@ -122,17 +123,17 @@ def _is_handled(error: BaseException) -> bool:
     return handled is error
 
 
-def run_program(main: Callable[[], None], show_traceback: bool, less_memory: str) -> None:
+def run_program(main: Callable[[], None], show_traceback: bool, less_memory: str | Callable[[], str]) -> None:
     """Call ``main`` and exit as the table says; a `UserError` becomes one line, a bug keeps its traceback.
 
-    ``less_memory`` is what the user of this program can do when the device's memory is not enough.
+    ``less_memory`` is what the user of this program can do when the device's memory is not enough, or says it.
     """
     ending = _Ending()
     with ending.in_charge():
         _run(main, ending, show_traceback, less_memory)
 
 
-def _run(main: Callable[[], None], ending: _Ending, show_traceback: bool, less_memory: str) -> None:
+def _run(main: Callable[[], None], ending: _Ending, show_traceback: bool, less_memory: str | Callable[[], str]) -> None:
     try:
         try:
             main()
@@ -153,12 +154,13 @@ def _run(main: Callable[[], None], ending: _Ending, show_traceback: bool, less_m
         if any(sign in said for sign in DISK_FULL):
             full = f"{WorkdirError.kind}: the disk is full; make room and start again ({said.splitlines()[0]})"
             _end(full, WorkdirError.exit_code, show_traceback, False)
-        if "RESOURCE_EXHAUSTED" not in said:
+        if not (isinstance(error, RuntimeError) and any(sign in said for sign in DEVICE_FULL)):
             if processes.count() > 1:
                 traceback.print_exc()
                 processes.leave(repr(error), INTERNAL)
             raise
-        _end(f"out of memory: the device cannot hold this; {less_memory}", OUT_OF_MEMORY, show_traceback, False)
+        advice = less_memory if isinstance(less_memory, str) else less_memory()
+        _end(f"out of memory: the device cannot hold this; {advice}", OUT_OF_MEMORY, show_traceback, False)
 
 
 def _end(line: str, code: int, show_traceback: bool, of_all: bool, leave: Callable[[int], Any] = sys.exit) -> None:

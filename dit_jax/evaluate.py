@@ -33,12 +33,10 @@ from PIL import Image
 from dit_jax.data.shapes_world import FULL, QUICK
 from dit_jax.drawing.pictures import make_grid, save_png
 from dit_jax.drawing.pipeline import Pipeline
-from dit_jax.duties import make_page_again
 from dit_jax.ending import run_program, writable
 from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.runtime import add_flags, path_of, set_up
 from dit_jax.sample import add_model_flags
-from dit_jax.training.writer import METRICS
 from dit_jax.workdir import Workdir
 
 SHOWN_SHAPES = 16  # pictures of each class in the grid: the first ones
@@ -211,6 +209,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     model = path_of(args.model)
     # beside a model from the hub or a bucket nothing can be written
     folder = model / "evaluation" if model.is_dir() else Path("evaluation") / model.name
+    from dit_jax.duties import make_page_again
+    from dit_jax.training.writer import METRICS
+
     with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
     trained = pipeline.trained

@@ -20,15 +20,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dit_jax import stores
+from dit_jax.config import FORMATS
 from dit_jax.drawing.pipeline import Pipeline
 from dit_jax.ending import run_program, writable
 from dit_jax.errors import ConfigError
-from dit_jax.exchange import components
-from dit_jax.exchange.card import Facts, write_card
 from dit_jax.runtime import add_flags, path_of, set_up
 from dit_jax.sample import add_model_flags, add_settings_flags, settings_of
-from dit_jax.stored import FORMATS, write_stored
-from dit_jax.trees import count_parameters
 
 DTYPES = ("float32", "bfloat16")
 
@@ -51,6 +48,10 @@ def export(
       WorkdirError: ``output`` cannot be written to.
     """
     from dit_jax.encoders import places
+    from dit_jax.exchange import components
+    from dit_jax.exchange.card import Facts, write_card
+    from dit_jax.stored import write_stored
+    from dit_jax.trees import count_parameters
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} holds something already; give another --output, or remove it")

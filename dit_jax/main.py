@@ -5,15 +5,18 @@ need, and trains nothing.
 """
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from ml_collections import ConfigDict
 
 from dit_jax.config import is_export, load_config
 from dit_jax.ending import run_program
 from dit_jax.errors import ConfigError
 from dit_jax.processes import ANYWHERE, Place
-from dit_jax.runtime import add_flags, read_overrides, set_up
+from dit_jax.runtime import add_flags, begun, read_overrides, set_up
 from dit_jax.stores import folder_of
 
 
@@ -52,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.device is not None and not args.dry_run:
         parser.error("--device goes with --dry_run; a run takes the devices that are there")
 
+    config: ConfigDict | None = None
+
     def train() -> None:
+        nonlocal config
         config = load_config(args.config, overrides)
         place = read_place(args.coordinator, args.num_processes, args.process_id)
         if place and args.dry_run:
@@ -64,9 +70,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             dry_run.report(config, args.config, args.device)
             return
         workdir = folder_of(args.workdir) if args.workdir else default_workdir(args.config)
-        train.run(config, workdir, extend=args.extend)
+        train.run(config, workdir, extend=args.extend, begun=begun())
 
-    less_memory = "lower batch_size, raise accumulate, or set model.remat to dots (then full)"
+    def less_memory() -> str:
+        with contextlib.suppress(Exception):  # what explains an error must not become another one
+            from dit_jax import dry_run
+
+            return dry_run.advice(config)
+        return "lower batch_size, raise accumulate, or set model.remat to dots (then full)"
+
     run_program(train, args.traceback, less_memory)
 
 

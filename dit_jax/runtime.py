@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from dit_jax import processes
 from dit_jax.errors import ConfigError
 from dit_jax.processes import Place
 
+IMPORTED = time.monotonic()
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
@@ -122,6 +124,16 @@ def overlooked_gpu() -> str | None:
         f"there is an NVIDIA device (driver {driver}), but JAX runs on CPU: pip install '.[cuda13]' (driver"
         " 580, compute capability 7.5, or newer) or '.[cuda12]' (driver 525)"
     )
+
+
+def begun() -> float:
+    """When this process began, on the clock of `time.monotonic`; where no system tells, when this file was imported."""
+    try:  # Linux: in ticks since the machine was started, the 20th number behind the program's name
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, IndexError, ValueError):
+        return IMPORTED
+    return time.monotonic() - age
 
 
 def git_commit() -> str:

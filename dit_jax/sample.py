@@ -82,7 +82,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=path_of, default=Path("pictures"), help="folder of PNG files, or x.npz")
     add_flags(parser)
     args = parser.parse_args(argv)
-    run_program(lambda: _draw(args), args.traceback, "draw fewer pictures at a time, or smaller ones")
+    run_program(
+        lambda: _draw(args),
+        args.traceback,
+        "lower --num_images (of up to 64 that are drawn at a time), or --height and --width",
+    )
 
 
 class Wish(NamedTuple):

@@ -35,7 +35,6 @@ from dit_jax.training.saved_steps import find_step, restore_metadata
 from dit_jax.training.state import init_params
 from dit_jax.trees import mismatches, named_leaves
 
-FORMATS = ("safetensors", "orbax", "diffusers")
 ITEM = {"ema": "ema", "raw": "params"}  # of a checkpoint, for every choice of parameters
 SAFETENSORS, ORBAX = "model.safetensors", "orbax"
 ENCODERS = ("vae", "text_encoder")
@@ -166,7 +165,7 @@ def write_stored(folder: Path, config: ConfigDict, trained: Trained, params: Any
       config: of the run.
       trained: what they came from.
       params: the parameters.
-      form: of `FORMATS`; ``orbax`` restores on any number and kind of devices.
+      form: of `dit_jax.config.FORMATS`; ``orbax`` restores on any number and kind of devices.
       dtype: float32 or bfloat16, of the numbers on disk.
     """
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)

@@ -47,7 +47,7 @@ from dit_jax.stores import folder_of
 from dit_jax.training.checkpoint import Best, Checkpoints
 from dit_jax.training.divergence import diverged
 from dit_jax.training.loop import Duty, Loop, is_multiple
-from dit_jax.training.progress import Progress
+from dit_jax.training.progress import Beginning, Progress
 from dit_jax.training.room import check_room
 from dit_jax.training.saved_steps import ITEMS, newest_whole, restore_metadata, set_aside
 from dit_jax.training.state import TrainState, abstract_state, init_state
@@ -64,7 +64,13 @@ GRID = 16  # captions of the training set in a sample grid when the config names
 AHEAD = 3  # batches that are on the devices, or on their way, before the step that takes them
 
 
-def run(config: ConfigDict, workdir: Path | str, watch: Watch | None = None, extend: bool = False) -> TrainState | None:
+def run(
+    config: ConfigDict,
+    workdir: Path | str,
+    watch: Watch | None = None,
+    extend: bool = False,
+    begun: float | None = None,
+) -> TrainState | None:
     """Train from the config, or from where ``workdir`` stands, to ``total_steps`` or ``stop_at_step``.
 
     Args:
@@ -73,6 +79,7 @@ def run(config: ConfigDict, workdir: Path | str, watch: Watch | None = None, ext
       watch: called with a step and its row of numbers, or its grid of samples as uint8 ``[height, width, 3]``, as soon
         as they are written; what a notebook draws.
       extend: whether a run that is there may become longer by a larger ``total_steps``.
+      begun: when the program was started that does nothing else, on the clock of `time.monotonic`.
 
     Returns:
       The state at the end; None if there was nothing left to do.
@@ -86,15 +93,21 @@ def run(config: ConfigDict, workdir: Path | str, watch: Watch | None = None, ext
       WorkdirError: a workdir that cannot be written to or is full; what was said to be saved is.
       FetchError: a bucket that cannot be reached.
     """
+    beginning = Beginning(begun or time.monotonic())
+    if begun is not None:
+        beginning.done("imports")
     with open_workdir(folder_of(str(workdir))) as opened:
-        return train(config, opened, watch, extend)
+        return train(config, opened, watch, extend, beginning)
 
 
-def train(config: ConfigDict, workdir: Workdir, watch: Watch | None, extend: bool) -> TrainState | None:
+def train(
+    config: ConfigDict, workdir: Workdir, watch: Watch | None, extend: bool, beginning: Beginning
+) -> TrainState | None:
     """All of a run, in a workdir that is at hand; see `run`."""
     begun = datetime.now(UTC)
     deadline = time.monotonic() + 3600 * config.max_hours if config.max_hours else None
     parts = gather(config, workdir)
+    beginning.done("data and encoders")
 
     # ---- where it stands
     checkpoints, start = open_checkpoints(parts, extend)
@@ -120,8 +133,9 @@ def train(config: ConfigDict, workdir: Workdir, watch: Watch | None, extend: boo
         for note in parts.notes + check_room(checkpoints.directory, shapes, saves, *keeps):
             say(f"warning: {note}")
         state = checkpoints.restore(start, shapes) if start else begin(parts)
+        beginning.done("restore" if start else "init")
         steps = range(start + 1, stop + 1)
-        state = take_steps(parts, duties, checkpoints, status, report, state, steps, deadline, watch)
+        state = take_steps(parts, duties, checkpoints, status, report, state, steps, deadline, watch, beginning)
     say(f"done: step {int(state.step)} of {config.total_steps}")
     return state
 
@@ -145,6 +159,7 @@ def take_steps(
     steps: range,
     deadline: float | None,
     watch: Watch | None,
+    beginning: Beginning,
 ) -> TrainState:
     """Encode, compile, and take the steps of this process.
 
@@ -156,12 +171,14 @@ def take_steps(
       steps: perhaps none, where only a duty is left.
       deadline: when to stop, on the clock of `time.monotonic`.
       watch: as of `run`.
+      beginning: of this process.
     """
     config, workdir, mesh = parts.config, parts.workdir, parts.mesh
     scaled = " with a dynamic loss scale" if parts.model.dtype == jnp.float16 else ""
     say(f"parameters: {count_parameters(state.params):,}; compute in {np.dtype(parts.model.dtype).name}{scaled}")
     feed = open_feed(config, workdir.folder, parts.source, parts.vae, parts.preview, parts.text_encoder, say)
     validation = make_validation(parts)
+    beginning.done("encoding")
     if processes.is_first():
         with writable(workdir.folder):
             write_whole(workdir.folder / "config.json", to_json(config))
@@ -178,7 +195,7 @@ def take_steps(
     on_devices = (put_batch(batch, mesh) for batch in rows)
     with (
         closing(make_writer(config, workdir.folder, start, watch)) as writer,
-        closing(make_progress(config, writer, start, flops, mesh)) as progress,
+        closing(make_progress(config, writer, start, flops, mesh, beginning)) as progress,
         closing(ahead(on_devices, AHEAD, config.data.patience, config.data.source)) as coming,
     ):
         write_page(report)  # again: the writer has cut off what an earlier life wrote of later steps
@@ -192,7 +209,9 @@ def take_steps(
         batches: Iterator[dict[str, jax.Array]] = coming
         if steps:
             first = next(coming)
+            beginning.done("first batch")
             train_steps = compile_steps(step_function, state, first, feed.grids)
+            beginning.done("compile")
             batches = itertools.chain([first], coming)
         with (
             Stop(deadline, processes.agreement()) as told,
@@ -286,7 +305,9 @@ def make_writer(config: ConfigDict, workdir: Path, start: int, watch: Watch | No
     return Writer(workdir, start, config.wandb_project, config.to_dict(), watch)
 
 
-def make_progress(config: ConfigDict, writer: Writer, start: int, flops: int, mesh: Mesh) -> Progress:
+def make_progress(
+    config: ConfigDict, writer: Writer, start: int, flops: int, mesh: Mesh, beginning: Beginning
+) -> Progress:
     """What is said about a run; ``flops`` are of one training picture."""
     peak = peak_flops(jax.devices()[0].device_kind)
     return Progress(
@@ -297,6 +318,7 @@ def make_progress(config: ConfigDict, writer: Writer, start: int, flops: int, me
         batch_size=config.batch_size,
         flops=flops,
         peak=peak and peak * mesh.size,
+        beginning=beginning,
     )
 
 

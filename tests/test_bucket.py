@@ -86,6 +86,8 @@ def test_a_run_that_was_killed_in_a_save_is_the_run_that_was_not(tiny_run, bucke
     kept = {name for name in names if not name.startswith(("checkpoints/", "tb/", "LOCK"))}
     assert kept <= {path.relative_to(run).as_posix() for path in run.rglob("*")} and len(kept) > 4
     assert len(list((run / "tb").glob("events.*"))) == 2  # one of each process
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert page.count('<figure class="grid"') == 2  # that of step 10 lies in the bucket alone
 
 
 def test_what_belongs_to_a_checkpoint_is_there_before_it_counts(finished):

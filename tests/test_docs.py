@@ -5,10 +5,6 @@ the code, shapes and parameters, the layers of the house. Numbers and names in b
 languages, section by section.
 """
 
-import contextlib
-import functools
-import importlib
-import io
 import re
 import tokenize
 from collections import Counter
@@ -25,6 +21,7 @@ from dit_jax.config import flatten, load_config
 from dit_jax.resolve import resolve
 from dit_jax.trees import count_parameters, named_leaves
 from tests import test_layers
+from tests.command_lines import commands_in, parse
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "dit_jax"
@@ -39,6 +36,7 @@ DOCUMENTS = [
     "docs/reliability.md",
     "docs/report.md",
 ]
+WRITTEN = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")]
 SOURCES = [*PACKAGE.rglob("*.py"), *(REPOSITORY / "configs").rglob("*.py")]
 KEYS = flatten(default.get_config())
 SECTIONS = "|".join({key.split(".")[0] for key in KEYS if "." in key})
@@ -113,26 +111,13 @@ def test_what_is_linked_to_is_there(document):
             assert ((REPOSITORY / document).parent / target).exists(), target
 
 
-@functools.cache
-def help_of(program: str) -> str:
-    """What ``python -m dit_jax.PROGRAM --help`` prints."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
-        module = f"dit_jax.{program}.__main__" if (PACKAGE / program).is_dir() else f"dit_jax.{program}"
-        importlib.import_module(module).main(["--help"])
-    return said.getvalue()
-
-
-@each_document
-def test_commands_name_programs_flags_keys_and_configs_that_exist(document):
+@pytest.mark.parametrize("document", [path.relative_to(REPOSITORY).as_posix() for path in WRITTEN])
+def test_commands_are_such_as_the_programs_take_and_name_keys_and_files_that_exist(document):
     for command in commands(document):
-        program = re.search(r"python -m dit_jax\.(\w+)", command)
-        if program:
-            for flag in FLAG.findall(command):
-                if flag.startswith("config."):
-                    assert flag.removeprefix("config.") in KEYS, command
-                else:
-                    assert re.search(rf"--{flag}\b", help_of(program[1])), command
+        for program, arguments in commands_in(command):
+            parse(program, arguments)
+            for key in re.findall(r"--config\.([\w.]+)", " ".join(arguments)):
+                assert key in KEYS, command
         for file in re.findall(r"(?:configs|launch|tools)/[\w/]+\.\w+", command):
             assert (REPOSITORY / file).is_file(), command
 

@@ -2,10 +2,14 @@
 
 import re
 
+import jax
 import pytest
 
 from dit_jax import dry_run as dry_run_module
 from dit_jax import main
+from dit_jax.config import load_config
+from dit_jax.dry_run import Need
+from dit_jax.training.memory import Activations
 from tests.tiny_run import CONFIG, tiny_flags
 
 SMALL = "--config=configs/small.py"
@@ -66,6 +70,40 @@ def test_the_advice_fits_when_it_is_taken(capsys, flags):
         assert "  fits: batch_size=" in dry_run(capsys, *flags, *changes), changes
 
 
+@pytest.mark.parametrize(("num_devices", "limit"), [(1, None), (1, 500), (8, None), (8, 140)])
+def test_a_run_that_was_out_of_memory_is_advised_what_needs_less(monkeypatch, num_devices, limit):
+    """Less than it did by the estimate, and not more than the devices have."""
+    per_image = {"none": 10, "dots": 4, "full": 2}
+
+    class Device:
+        def memory_stats(self):
+            return limit and {"bytes_limit": limit + dry_run_module.ENCODERS}
+
+    def need(config, plan, remat="none"):
+        activations = Activations(fixed=20, per_image=per_image[remat])
+        return Need({"parameters": 10, "gradients": 10}, activations, config.accumulate)
+
+    def total(config):
+        images = config.batch_size // (config.accumulate * num_devices)
+        return need(config, None, config.model.remat).total(images)
+
+    config = load_config("configs/small.py", {"batch_size": "64"})
+    monkeypatch.setattr(jax, "devices", lambda: [Device()] * num_devices)
+    monkeypatch.setattr(dry_run_module, "make_plan", lambda *_: None)
+    monkeypatch.setattr(dry_run_module, "predict_with", need)
+    monkeypatch.setattr(dry_run_module.build, "compute_dtype", lambda *_: None)
+    line = dry_run_module.advice(config)
+    assert line.startswith("by the estimate of --dry_run each of these alone mends it: --config.")
+    found = [dict(re.findall(r"--config\.([\w.]+)=(\w+)", one)) for one in line.split(", or ")]
+    assert {"accumulate"} in map(set, found) and {"batch_size"} in map(set, found)
+    for overrides in found:
+        changed = load_config("configs/small.py", {"batch_size": "64", **overrides})
+        assert changed.batch_size % (changed.accumulate * num_devices) == 0
+        assert total(changed) <= min(total(config) - 1, limit or total(config)), overrides
+    monkeypatch.setattr(Device, "memory_stats", lambda _: {"bytes_limit": dry_run_module.ENCODERS + 30})
+    assert dry_run_module.advice(config).startswith("by the estimate of --dry_run it fits at no batch size")
+
+
 def test_an_unknown_text_encoder_of_a_hub_needs_its_three_numbers(capsys, tmp_path, monkeypatch):
     config = f"--config={CONFIG.parent / 'small.py'}"
     monkeypatch.chdir(tmp_path)
@@ -98,7 +136,8 @@ def test_with_data_it_compiles_and_measures_the_real_step(capsys, tmp_path):
     page = dry_run(capsys, *tiny_flags(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     assert "shapes: 28 pictures; an epoch is 3.5 steps" in page
-    assert float(re.search(r"compiled memory ([\d.]+) GiB", page)[1]) > 0
+    compiled, off = re.search(r"compiled memory ([\d.]+) GiB .*; the estimate is ([+-]\d+)% off", page).groups()
+    assert table(page)["total"][1] == pytest.approx(float(compiled) * (1 + int(off) / 100), abs=0.001)
     assert re.search(r"[\d.]+ s a step, .* 20 steps take \d+s", page)
 
 

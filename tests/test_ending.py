@@ -5,6 +5,8 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from dit_jax.ending import run_program, writable
@@ -42,9 +44,37 @@ def test_a_full_disk_is_not_called_out_of_memory(error, capsys):
     assert code == 8 and "the disk is full" in said and str(error).splitlines()[0] in said
 
 
-def test_out_of_memory_ends_with_what_this_program_can_do(capsys):
-    code, said = ends_with(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), capsys)
-    assert (code, said) == (6, "out of memory: the device cannot hold this; draw less\n")
+@pytest.mark.parametrize(
+    "said",
+    [
+        "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes",
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm",
+        "INTERNAL: Failed to allocate 9 bytes: CUDA_ERROR_OUT_OF_MEMORY: out of memory",
+    ],
+)
+def test_out_of_memory_ends_with_what_this_program_can_do(said, capsys):
+    code, line = ends_with(jax.errors.JaxRuntimeError(said), capsys)
+    assert (code, line) == (6, "out of memory: the device cannot hold this; draw less\n")
+
+
+@pytest.mark.parametrize(
+    "ask_for_too_much",
+    [lambda: jnp.zeros(2**44), lambda: jax.jit(lambda a: jnp.outer(a, a).sort().sum())(jnp.zeros(2**24)).item()],
+    ids=["an array", "what a compiled function needs"],
+)
+def test_what_xla_really_raises_is_out_of_memory(ask_for_too_much, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run_program(ask_for_too_much, False, lambda: "think")
+    assert exit.value.code == 6
+    assert capsys.readouterr().err == "out of memory: the device cannot hold this; think\n"
+
+
+def test_a_busy_bucket_is_not_out_of_memory():
+    def main():
+        raise ValueError("RESOURCE_EXHAUSTED: too many requests")
+
+    with pytest.raises(ValueError, match="too many requests"):
+        run_program(main, False, "")
 
 
 def test_a_bug_keeps_its_traceback():

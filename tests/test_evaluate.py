@@ -172,6 +172,8 @@ def test_validation_of_a_run_is_the_row_that_it_wrote(validated, capsys):
     out = capsys.readouterr().out.splitlines()
     assert out[-1].startswith(f"validation: x0_error={row['validation_x0_error']:.4f} (log-SNR -5: ")
     assert not (validated / "evaluation" / "validation.png").exists()
+    page = (validated / "report.html").read_text(encoding="utf-8")
+    assert "<h3>validation</h3>" in page and "set_aside" in page
     raw, early = scored(validated, "--ema=raw"), scored(validated, "--step=5")
     assert len({scores["scores"]["validation_x0_error"] for scores in (found, raw, early)}) == 3
 

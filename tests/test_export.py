@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from dit_jax import export, main, stored
-from dit_jax.config import load_config
+from dit_jax.config import FORMATS, load_config
 from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.exchange.components import PARAMETERS
 from dit_jax.sample import Pipeline
@@ -40,7 +40,7 @@ def pipe(tiny_run) -> Pipeline:
     return Pipeline.load(tiny_run)
 
 
-@pytest.fixture(scope="module", params=stored.FORMATS)
+@pytest.fixture(scope="module", params=FORMATS)
 def exported(request, tiny_run, tmp_path_factory) -> Path:
     return export_to(tmp_path_factory.mktemp("exports") / request.param, tiny_run, f"--format={request.param}")
 
@@ -95,7 +95,7 @@ def test_raw_parameters_of_an_earlier_step_and_an_export_of_an_export(tiny_run, 
         Pipeline.load(raw, step=20)
 
 
-@pytest.mark.parametrize("form", stored.FORMATS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_bfloat16_halves_the_size_and_rounds_every_parameter(tiny_run, tmp_path, pipe, form, capsys):
     whole, half = (
         export_to(tmp_path / dtype, tiny_run, f"--format={form}", f"--dtype={dtype}") for dtype in export.DTYPES

@@ -164,3 +164,18 @@ for module in pkgutil.walk_packages(dit_jax.__path__, "dit_jax."):
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_help_of_a_program_does_not_wait_for_jax():
+    """Nor for anything that is as slow to import."""
+    program = """
+import contextlib, importlib, sys
+for name in ("main", "sample", "evaluate", "precompute", "export", "doctor", "bench.__main__"):
+    with contextlib.suppress(SystemExit):
+        importlib.import_module(f"dit_jax.{name}").main(["--help"])
+    slow = {"jax", "flax", "optax", "orbax", "transformers", "scipy", "tensorboardX"} & sys.modules.keys()
+    assert not slow, (name, slow)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: python -m dit_jax.") == 7

@@ -132,6 +132,12 @@ def test_a_run_goes_from_one_process_to_two_and_back(tiny_run, tmp_path):
             assert ended.code == 0, ended.err
             assert f"process {i} of 2: " in ended.out and ("done: step 15" in ended.out) == (i == 0)
     assert "resuming from step 10" in two.end(0).out and "devices: 2 x cpu" in two.end(0).out
+    (begun,) = re.findall("^first step after .*$", two.end(0).out, re.MULTILINE)
+    assert "first step after" not in two.end(1).out
+    whole, *parts = re.findall(r"(\d+\.\d)(?:,|$| s)", begun)
+    names = "imports", "data and encoders", "restore", "encoding", "first batch", "compile", "step"
+    assert all(f" {name} " in begun for name in names) and len(parts) == len(names)
+    assert sum(map(float, parts)) == pytest.approx(float(whole), abs=0.41)  # tenths of eight figures
     assert newest(workdir) == 15 and len(list((workdir / "tb").iterdir())) == len(list((tiny_run / "tb").iterdir())) + 1
     assert_same_losses(workdir, tiny_run, 15)
     train_tiny(workdir)

@@ -28,6 +28,12 @@ def spread(x: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
     return jnp.broadcast_to(x.astype(jnp.float32), shape).astype(dtype)
 
 
+def project(x: Array, kernel: Array) -> Array:
+    """A linear map, ``[..., D]`` and ``[D, features]`` -> ``[..., features]``."""
+    # XLA for CPU is several times slower at the weight gradient of [B, N, D] than at that of [B * N, D]
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 class Dense(nn.Module):
     """A linear map with bias, ``[..., D]`` -> ``[..., features]``, computed in ``dtype`` from float32 parameters."""
 
@@ -39,9 +45,7 @@ class Dense(nn.Module):
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
-        # XLA for CPU is several times slower at the weight gradient of [B, N, D] than at that of [B * N, D]
-        flat = x.astype(self.dtype).reshape(-1, x.shape[-1]) @ kernel.astype(self.dtype)
-        y = flat.reshape(*x.shape[:-1], self.features)
+        y = project(x.astype(self.dtype), kernel.astype(self.dtype))
         return y + spread(bias, y.shape, self.dtype)
 
 

@@ -9,6 +9,10 @@ Norms have no scale of their own, since what follows them scales; eps is 1e-6:
     layer    (x - mean(x)) / sqrt(var(x) + eps)                            (Ba et al. 2016)               (1)
     rms      x / sqrt(mean(x^2) + eps)                                     (Zhang & Sennrich 2019)        (2)
 
+With y the layer norm of x, r = 1 / sqrt(var(x) + eps) and g the gradient by y, that by x is
+
+    r (g - mean(g) - y mean(g y))                                                                         (1')
+
 With ``qk_norm`` every query and key is divided by its own rms over the head and scaled by a learned vector, so that
 scores cannot grow without bound (Dehghani et al. 2023; Esser et al. 2024).
 
@@ -16,6 +20,7 @@ scores cannot grow without bound (Dehghani et al. 2023; Esser et al. 2024).
     MLP(x) = W_2 (silu(W_1 x + b_1) * (W_3 x + b_3)) + b_2        ``swiglu`` (Shazeer 2020)               (4)
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +31,7 @@ from dit_jax.arrays import Array
 from dit_jax.models.embeddings import XAVIER, Dense
 from dit_jax.models.positions import Angles, rotate
 
+EPS = 1e-6  # of the norms
 KeysValues = tuple[Array, Array]  # of text tokens, each [B, H, S, K]
 
 
@@ -56,18 +62,35 @@ class BlockSpec(NamedTuple):
         return -(-2 * width // 3 // 8) * 8 if self.mlp == "swiglu" else width
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def layer_norm(x: Array, dtype: jnp.dtype) -> Array:
     """Equation (1) over the last axis, computed in float32."""
-    x = x.astype(jnp.float32)
-    mean = x.mean(-1, keepdims=True)
-    variance = jnp.square(x - mean).mean(-1, keepdims=True)
-    return ((x - mean) * jax.lax.rsqrt(variance + 1e-6)).astype(dtype)
+    return _layer_norm_forward(x, dtype)[0]
+
+
+def _layer_norm_forward(x: Array, dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array, Array]]:
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(-1, keepdims=True)
+    variance = jnp.square(wide - mean).mean(-1, keepdims=True)
+    r = jax.lax.rsqrt(variance + EPS)
+    return ((wide - mean) * r).astype(dtype), (x, mean, r)
+
+
+def _layer_norm_backward(dtype: jnp.dtype, kept: tuple[Array, Array, Array], g: Array) -> tuple[Array]:
+    """Equation (1'); of the forward pass it keeps its input, which is kept anyway, and two numbers a token."""
+    x, mean, r = kept
+    y, g = (x.astype(jnp.float32) - mean) * r, g.astype(jnp.float32)
+    along = (g * y).mean(-1, keepdims=True)
+    return ((r * (g - g.mean(-1, keepdims=True) - y * along)).astype(x.dtype),)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 def rms_norm(x: Array, dtype: jnp.dtype) -> Array:
     """Equation (2) over the last axis, computed in float32."""
     x = x.astype(jnp.float32)
-    return (x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)).astype(dtype)
+    return (x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPS)).astype(dtype)
 
 
 def normalise(x: Array, norm: str, dtype: jnp.dtype) -> Array:
@@ -83,11 +106,11 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     return jnp.einsum("bhns,bhsk->bhnk", jax.nn.softmax(scores).astype(v.dtype), v)
 
 
-def split_heads(x: Array, parts: int, num_heads: int) -> Array:
-    """``[B, N, parts * H * K]`` -> ``[parts, B, H, N, K]``."""
+def split_heads(x: Array, parts: int, num_heads: int) -> tuple[Array, ...]:
+    """``[B, N, parts * H * K]`` -> ``parts`` arrays ``[B, H, N, K]``."""
     B, N, width = x.shape
-    x = x.reshape(B, N, parts, num_heads, width // (parts * num_heads))
-    return x.transpose(2, 0, 3, 1, 4)
+    shape = (B, N, num_heads, width // (parts * num_heads))
+    return tuple(part.reshape(shape).transpose(0, 2, 1, 3) for part in jnp.split(x, parts, axis=-1))
 
 
 def join_heads(x: Array) -> Array:

@@ -14,6 +14,28 @@ from dit_jax.data.cache.parts import Unit
 from dit_jax.training.writer import Writer
 
 
+class Beginning:
+    """How long it takes from the command to the first step, and where that time goes.
+
+    Args:
+      begin: when the command was given, on the clock of `time.monotonic`.
+    """
+
+    def __init__(self, begin: float):
+        self._begin = self._last = begin
+        self._parts: dict[str, float] = {}
+
+    def done(self, part: str) -> None:
+        """What took the time since the last part."""
+        now = time.monotonic()
+        self._parts[part] = self._parts.get(part, 0.0) + now - self._last
+        self._last = now
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self._parts.items())
+        return f"first step after {self._last - self._begin:.1f} s: {parts}"
+
+
 class Progress:
     """Rows and log lines of a run, with speeds measured between them.
 
@@ -25,6 +47,7 @@ class Progress:
       batch_size: pictures a step.
       flops: of one training picture.
       peak: FLOP/s that all devices together can do, or None where it is not known.
+      beginning: of this process, which is told when its first step is done.
     """
 
     def __init__(
@@ -36,6 +59,7 @@ class Progress:
         batch_size: int,
         flops: int,
         peak: float | None,
+        beginning: Beginning | None = None,
     ):
         self._writer, self._log_every, self._total, self._batch_size = writer, log_every, total_steps, batch_size
         self._flops, self._peak = flops, peak
@@ -47,6 +71,7 @@ class Progress:
             dynamic_ncols=True,
         )
         self._late: tuple[int, dict[str, jax.Array]] | None = None
+        self._beginning = beginning
         self._last_step = start
         self._since = time.monotonic()
         self._waited = self._aside = self._trained = 0.0
@@ -75,6 +100,8 @@ class Progress:
         begin = time.monotonic()
         yield
         self._aside += time.monotonic() - begin
+        if self._beginning is not None:
+            self._beginning.done("samples and validation")  # which an earlier process owed
 
     def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """A step was dispatched. What came of the one before is looked at now, so that the device never waits."""
@@ -88,6 +115,10 @@ class Progress:
             return
         (step, metrics), self._late = self._late, None
         in_a_row = int(metrics["skipped_in_a_row"])
+        if self._beginning is not None:
+            self._beginning.done("step")
+            self.say(str(self._beginning))
+            self._beginning = None
         if in_a_row > self.skipped_in_a_row:
             self.say(f"warning: step {step} is skipped: {describe_bad(metrics)}; {in_a_row} in a row")
         self.skipped_in_a_row = in_a_row

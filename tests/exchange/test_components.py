@@ -1,4 +1,4 @@
-"""An export for diffusers draws our pictures with torch alone, comes back bit for bit, and refuses what it cannot say."""
+"""An export for diffusers draws our pictures with torch alone, comes back bit for bit, and refuses what has no word."""
 
 import hashlib
 import json
@@ -96,7 +96,10 @@ def test_it_comes_back_bit_for_bit(pipes, folders):
         again = Pipeline.load(folder)
         jax.tree.map(np.testing.assert_array_equal, again.params, pipes[name].params)
         assert again.config.sample.sampler == CHANGES[name]["sampler"]
-        assert (again.vae.sha256, again.text_encoder.sha256) == (pipes[name].vae.sha256, pipes[name].text_encoder.sha256)
+        assert (again.vae.sha256, again.text_encoder.sha256) == (
+            pipes[name].vae.sha256,
+            pipes[name].text_encoder.sha256,
+        )
 
 
 def test_a_new_run_begins_with_the_folder_or_its_file_of_parameters(folders, tmp_path, capsys):

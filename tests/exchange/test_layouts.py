@@ -184,4 +184,3 @@ def test_files_that_hold_no_model_end_in_one_line(new, tmp_path):
     ):
         with pytest.raises(error, match=words):
             begin(tmp_path / name, config, state)
-

@@ -25,7 +25,11 @@ EDM = {"schedule": "edm", "prediction": "v"}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "ddim": ({"prediction": "epsilon"}, {"sampler": "ddim"}, "DDIMScheduler"),
     "ddim half": ({"schedule": "linear", "prediction": "v"}, {"sampler": "ddim", "eta": 0.5}, "DDIMScheduler"),
-    "ddim cosine": ({"schedule": "cosine", "prediction": "v"}, {"sampler": "ddim", "grid": "trailing"}, "DDIMScheduler"),
+    "ddim cosine": (
+        {"schedule": "cosine", "prediction": "v"},
+        {"sampler": "ddim", "grid": "trailing"},
+        "DDIMScheduler",
+    ),
     "euler": ({"prediction": "epsilon"}, {"sampler": "euler"}, "DDIMScheduler"),
     "ancestral": ({"prediction": "v"}, {"sampler": "euler_ancestral"}, "DDIMScheduler"),
     "ddpm": ({"schedule": "cosine", "prediction": "x0"}, {"sampler": "ddpm"}, "DDPMScheduler"),

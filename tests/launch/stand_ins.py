@@ -7,7 +7,22 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-NEEDED = ["bash", "basename", "cat", "cksum", "cp", "dirname", "head", "mkdir", "rm"]
+NEEDED = [
+    "bash",
+    "basename",
+    "cat",
+    "cksum",
+    "cp",
+    "dirname",
+    "gzip",
+    "head",
+    "mkdir",
+    "mktemp",
+    "nohup",
+    "rm",
+    "sleep",
+    "tar",
+]
 
 # Answers the scripts' questions as Python 3.12 does; of what it is asked to run it keeps a record.
 STAND_IN_PYTHON = """

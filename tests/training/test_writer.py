@@ -1,14 +1,16 @@
 """Rows of a run: cut on resume, torn lines forgotten."""
 
 import json
+import re
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from dit_jax.data.cache.parts import Unit
-from dit_jax.training.progress import Counter, EncodingCounter, Progress, duration
+from dit_jax.training.progress import Beginning, Counter, EncodingCounter, Progress, duration
 from dit_jax.training.writer import Writer, truncate_rows
 
 GOOD = {"loss": 1.0, "grad_norm": 2.0, "learning_rate": 1e-4, "skipped": 0, "skipped_in_a_row": 0}
@@ -75,6 +77,24 @@ def test_progress_writes_step_1_the_multiples_and_the_last(tmp_path, capsys):
     assert timing[0]["mfu"] == pytest.approx(timing[0]["images_per_second"] * 100 / 1e6)
     line = capsys.readouterr().out.splitlines()[1]
     assert line.startswith("step=4/10 loss=0.2500 gnorm=2.00 lr=1.0e-04 img/s=") and "mfu=" in line and "eta=" in line
+
+
+def test_the_first_step_says_once_how_long_it_took_and_where_the_time_went(tmp_path, capsys):
+    beginning = Beginning(time.monotonic() - 5)
+    beginning.done("imports")
+    beginning.done("compile")
+    writer = Writer(tmp_path, 0, "", {}, None)
+    progress = Progress(writer, 1, 0, total_steps=2, batch_size=1, flops=1, peak=None, beginning=beginning)
+    with progress.aside():
+        time.sleep(0.2)
+    for step in (1, 2):
+        progress.step(step, {**GOOD, "loss": 1.0})
+    progress.close()
+    writer.close()
+    (said,) = re.findall("^first step after .*$", capsys.readouterr().out, re.MULTILINE)
+    whole, *parts = map(float, re.findall(r"\d+\.\d", said))
+    assert re.sub(r" [\d.]+", "", said.partition(": ")[2]) == "imports, compile, samples and validation, step"
+    assert sum(parts) == pytest.approx(whole, abs=0.26) and parts[0] >= 5 and parts[2] >= 0.2
 
 
 def test_a_bad_step_is_said_and_has_its_row_where_rows_are_written(tmp_path, capsys):

@@ -76,7 +76,7 @@ def _tiles(facts: Facts) -> str:
     loss = record.curves["loss"]
     if loss.last:
         smooth = loss.smooth()
-        value, said = (smooth[-1][1], "averaged, at the end") if smooth else (loss.last[1], f"at step {loss.last[0]:,}")
+        value, said = (smooth[-1][1], "averaged") if smooth else (loss.last[1], f"at step {loss.last[0]:,}")
         tiles.append(("training loss", figure(value), said))
     error = record.curves[VALIDATION]
     if error.last and (least := error.least()):
@@ -84,7 +84,7 @@ def _tiles(facts: Facts) -> str:
     rate = record.curves["images_per_second"]
     if rate.last:
         means = sorted(mean for _, mean in rate.means())
-        tiles.append(("images per second", figure(rate.last[1]), f"median {figure(means[len(means) // 2])}"))
+        tiles.append(("images/s", figure(rate.last[1]), f"median {figure(means[len(means) // 2])}"))
     if facts.step and (batch := facts.number("batch_size")):
         tiles.append(("images seen", short(facts.step * batch), f"{batch:,} a step"))
     spent, wall = (status.get(key) for key in ("productive_seconds", "wall_seconds"))

@@ -134,7 +134,7 @@ def notes(facts: Facts) -> str:
 
 def scores(facts: Facts) -> str:
     if not facts.scores:
-        return absent(f"not scored yet: python -m dit_jax.evaluate --model={facts.name} writes them, here too")
+        return absent("not scored yet: python -m dit_jax.evaluate --model=WORKDIR writes them, here too")
     parts = []
     for metric, found in facts.scores.items():
         values, settings = (found.get(key) if isinstance(found, dict) else None for key in ("scores", "settings"))
@@ -217,7 +217,7 @@ def versions(facts: Facts) -> str:
     rows += [[name, cut(about[name])] for name in ("python", "devices") if about.get(name)]
     rows += [["mesh", ", ".join(f"{axis} {size}" for axis, size in mesh.items())]] if isinstance(mesh, dict) else []
     hashed = ("data", "vae", "text_encoder")
-    rows += [[f"{name} (sha256)", cut(about[name])[:16]] for name in hashed if about.get(name)]
+    rows += [[f"{name} (sha256)", cut(about[name])[:12]] for name in hashed if about.get(name)]
     host = facts.status.get("host")
     rows += [["host", cut(host)]] if host else []
     if not rows:
