@@ -5,12 +5,14 @@ import signal
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from dit_jax import train
 from dit_jax.errors import DivergedError, PreemptedError
 from dit_jax.training.loop import Loop
+from dit_jax.training.step import TrainStep
 from dit_jax.training.watchdog import Watchdog
 from tests.test_train import assert_same_run, leaves
 from tests.tiny_run import tiny_config, train_tiny
@@ -22,6 +24,30 @@ def steps_in(workdir: Path) -> list[int]:
 
 def status_of(workdir: Path) -> dict:
     return json.loads((workdir / "STATUS.json").read_text())
+
+
+def test_fifty_steps_compile_the_step_once_and_nothing_after_the_first(tmp_path, monkeypatch):
+    """An argument of another shape or type, or a function made anew, would be compiled again, and silently."""
+    compilations, compiled, seen = [], [], []
+    compile_step, take = TrainStep.compile, Loop._step
+
+    def listen(event, seconds, **_):
+        compilations.extend([seconds] if event == "/jax/core/compile/backend_compile_duration" else [])
+
+    def count(self, state, step):
+        state = take(self, state, step)
+        seen.append(len(compilations))
+        return state
+
+    monkeypatch.setattr(TrainStep, "compile", lambda *args: compiled.append(1) or compile_step(*args))
+    monkeypatch.setattr(Loop, "_step", count)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        train_tiny(tmp_path, total_steps="50", save_every="0", sample_every="0")
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(compiled) == 1 and seen[0] > 0
+    assert seen == seen[:1] * 50
 
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, PreemptedError), (signal.SIGINT, KeyboardInterrupt)])
