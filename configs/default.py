@@ -40,6 +40,11 @@ def get_config() -> ConfigDict:
     c.dtype = "auto"
     c.deterministic = False  # on a GPU: the same bits every time, and slower; on CPU and TPU they are the same anyway
 
+    # ---- devices: those that are left over hold different pictures and the same parameters
+    c.mesh = ConfigDict()
+    c.mesh.fsdp = 1  # so many have a share each of parameters, optimizer and average; 0: as many as there are
+    c.mesh.tensor = 1  # so many of one machine compute the same pictures, each with some of the heads
+
     # ---- what ends a run
     # a step whose loss or gradient is not finite is skipped; so many in a row end the run, with exit code 4
     c.max_skipped_in_a_row = 10

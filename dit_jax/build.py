@@ -7,7 +7,7 @@ what completes it in `dit_jax.resolve`.
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from dit_jax import sharding
 from dit_jax.errors import ConfigError
 from dit_jax.resolve import choose
 
@@ -181,12 +182,21 @@ def choose_flip(config: ConfigDict, source: "Source") -> bool:
     return choose("data.flip", config.data.flip, choices)()
 
 
-def make_model(config: ConfigDict, dtype: jnp.dtype) -> "DiT":
-    """The network, unbound."""
+def make_mesh(config: ConfigDict, devices: Sequence[jax.Device]) -> "Mesh":
+    """The devices of a run, as they share its work."""
+    with config_errors("mesh"):
+        return sharding.make_mesh(devices, config.mesh.fsdp, config.mesh.tensor)
+
+
+def make_model(config: ConfigDict, dtype: jnp.dtype, mesh: "Mesh | None" = None) -> "DiT":
+    """The network, unbound; on a mesh for training, without one to draw with."""
     from dit_jax.models.dit import DiT
 
     with config_errors("model"):
-        return DiT(**config.model, dtype=dtype)
+        model = DiT(**config.model, dtype=dtype, mesh=mesh)
+    if config.model.num_heads % config.mesh.tensor:
+        raise ConfigError(f"mesh.tensor is {config.mesh.tensor}; it must divide model.num_heads {model.num_heads}")
+    return model
 
 
 def make_process(config: ConfigDict) -> "Process":
@@ -231,8 +241,9 @@ def make_validation(
     """What scores parameters on encoded records; it takes no more memory than a train step of the same config."""
     from dit_jax.training.validation import Validation
 
-    a_device = config.batch_size // (config.accumulate * mesh.size)  # as many as training has at a time
-    batch_size = min(max(a_device, 1), VALIDATED) * mesh.size
+    shards = sharding.batch_shards(mesh)
+    of_shard = config.batch_size // (config.accumulate * shards)  # as many as training has at a time
+    batch_size = min(max(of_shard, 1), VALIDATED) * shards
     return Validation(model, process, make_latents(config).to_model, records, batch_size, mesh)
 
 

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from dit_jax import files
 from dit_jax.errors import CheckpointError, ConfigError
 
-SECTIONS = ("latents", "data", "diffusion", "model", "sample")
+SECTIONS = ("latents", "data", "diffusion", "model", "sample")  # of the first release
 
 # The keys of the first release, by what they hold. What came later is in ADDED, and holds what it says there.
 FIRST: dict[type, str] = {
@@ -48,6 +48,8 @@ ADDED = {
     "preview_vae": "",
     "deterministic": False,
     "max_hours": 0.0,
+    "mesh.fsdp": 1,
+    "mesh.tensor": 1,
     "max_skipped_in_a_row": 10,  # of 1: the first one ended the run
     "stall_patience": 600.0,
     "validate_every": 0,
@@ -91,6 +93,8 @@ CHANGEABLE = (
     "stop_at_step",
     "deterministic",
     "max_hours",
+    "mesh.fsdp",
+    "mesh.tensor",
     "stall_patience",
     "log_every",
     "save_every",
@@ -207,6 +211,8 @@ def read_json(path: Path) -> ConfigDict:
     found = _tuples(_read_object(path))
     try:
         config = _with_sections(ConfigDict({key: found[key] for key in found if key != TRAINED}), path)
+        for section in {key.split(".")[0] for key in ADDED if "." in key} - set(config):
+            config[section] = ConfigDict()
         for key in ADDED.keys() - flatten(config).keys():
             _set(config, key, ADDED[key])
     except (ValueError, TypeError, AttributeError, KeyError) as error:  # as ConfigDict says what cannot be a name in it

@@ -9,6 +9,7 @@ estimate (`dit_jax.training.memory`). Nothing is written to the workdir and noth
 """
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
@@ -27,7 +29,7 @@ from dit_jax.errors import ConfigError, DataError
 from dit_jax.models.dit import REMAT_POLICIES, DiT
 from dit_jax.models.flops import DEVICES, GIB, Device, forward_macs, training_flops
 from dit_jax.resolve import resolve
-from dit_jax.sharding import batch_sharding, make_mesh, with_sharding
+from dit_jax.sharding import abstract_mesh, batch_sharding, batch_shards, with_sharding
 from dit_jax.training.memory import Activations, abstract_batch, compiled_bytes, predict_activations
 from dit_jax.training.progress import duration
 from dit_jax.training.state import TrainState, abstract_state, init_state
@@ -51,11 +53,13 @@ class Need:
       state: parameters, gradients, optimizer, moving average, by name.
       activations: beside them.
       accumulate: slices of a batch. Where there are several there are two sets of gradients: the sum, and a slice's.
+      shards: devices that share a slice.
     """
 
     state: dict[str, int]
     activations: Activations
     accumulate: int
+    shards: int
 
     def held(self) -> dict[str, int]:
         """What is there however many images are, by name."""
@@ -66,13 +70,14 @@ class Need:
         """With so many images at a time: those of one slice of the batch on one device."""
         return sum(self.held().values()) + images * self.activations.per_image
 
-    def most_images(self, budget: int) -> int:
-        """How many images at a time stay within a budget of bytes; 0 where not even the state does."""
-        return max(0, (budget - self.total(0)) // self.activations.per_image)
+    def largest_batch(self, budget: int) -> int:
+        """The largest batch with which every device stays within a budget of bytes; 0 where not even the state does."""
+        images = max(0, (budget - self.total(0)) // self.activations.per_image)
+        return images * self.accumulate * self.shards
 
     def fits(self, batch_size: int, budget: int) -> bool:
-        """Whether a step of one device is predicted to stay within a budget of bytes."""
-        return self.total(batch_size // self.accumulate) <= budget
+        """Whether every device is predicted to stay within a budget of bytes."""
+        return self.total(batch_size // (self.accumulate * self.shards)) <= budget
 
 
 class Plan(NamedTuple):
@@ -83,19 +88,20 @@ class Plan(NamedTuple):
     side: int
 
 
-def make_plan(config: ConfigDict, dtype: DTypeLike, vae: "VAEShape") -> Plan:
-    """The objects of a resolved config that computes in ``dtype``."""
+def make_plan(config: ConfigDict, dtype: DTypeLike, vae: "VAEShape", mesh: Mesh | AbstractMesh) -> Plan:
+    """The objects of a resolved config that computes in ``dtype``, on devices of which none need be there."""
     side = config.data.image_size // vae.factor
-    model, process = build.make_model(config, dtype), build.make_process(config)
+    here = mesh if isinstance(mesh, Mesh) else None
+    model, process = build.make_model(config, dtype, here), build.make_process(config)
     optimizer, learning_rate = build.make_optimizer(config)
-    state = abstract_state(model, optimizer, side, side, make_mesh(jax.devices()))
+    state = abstract_state(model, optimizer, side, side, mesh)
     if not config.latents.scale:  # measured in training; any will do here
         config.latents.shift, config.latents.scale = (0.0,) * vae.channels, (1.0,) * vae.channels
     return Plan(build.make_step(config, model, process, optimizer, learning_rate), state, side)
 
 
 def predict(config: ConfigDict, plan: Plan) -> Need:
-    """The memory of a step."""
+    """The memory of a step; activations of devices that share pictures (mesh.tensor) count as if they did not."""
     step, state, side = plan
     state_bytes = {
         "parameters": size(state.params),
@@ -103,12 +109,13 @@ def predict(config: ConfigDict, plan: Plan) -> Need:
         f"optimizer ({config.optimizer})": size(state.opt_state),
         "moving average": size(state.ema),
     }
-    return Need(state_bytes, predict_activations(step, side, side), config.accumulate)
+    shards = batch_shards(state.step.sharding.mesh)
+    return Need(state_bytes, predict_activations(step, side, side), config.accumulate, shards)
 
 
 def size(tree: object) -> int:
-    """Bytes of all leaves (arrays or their shapes)."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes of all leaves (arrays or their shapes, with shardings) on a device."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def report(config: ConfigDict, name: str, device_name: str | None) -> None:
@@ -126,14 +133,16 @@ def report(config: ConfigDict, name: str, device_name: str | None) -> None:
     if device_name is not None and device_name not in DEVICES:
         raise ConfigError(f"--device is {device_name!r}; it can be {', '.join(DEVICES)}")
     device = DEVICES[device_name] if device_name else None
-    num_devices = 1 if device else len(jax.devices())
+    devices = jax.devices()
+    # of a device that is not here there are as many as share the parameters
+    mesh = abstract_mesh(config.mesh.fsdp or 1, config.mesh.tensor) if device else build.make_mesh(config, devices)
     records, missing = (None, "") if device else look_at_data(config)
     vae, text = build.describe_encoders(config)
     by_epochs = records is None and not config.total_steps  # then how many steps there are is for the data to say
-    notes = resolve(config, MANY if records is None else records, vae, text, num_devices)
+    notes = resolve(config, MANY if records is None else records, vae, text, batch_shards(mesh))
     chosen = device.dtype if device and config.dtype == "auto" else config.dtype
-    dtype = build.compute_dtype(chosen, jax.devices()[0])
-    plan = make_plan(config, dtype, vae)
+    dtype = build.compute_dtype(chosen, devices[0])
+    plan = make_plan(config, dtype, vae, mesh)
     step, state, side = plan
     build.make_times(config, step.process)
     build.make_sampler(config, step.process, build.make_grid(config, step.process))
@@ -150,15 +159,16 @@ def report(config: ConfigDict, name: str, device_name: str | None) -> None:
     for note in notes:
         say(f"warning: {note}")
     say_model(config, step.model, state, side)
-    where = device.kind if device else f"a device of this machine ({num_devices} x {jax.devices()[0].device_kind})"
+    where = device.kind if device else f"a device of this machine ({mesh.size} x {devices[0].device_kind})"
     section(f"predicted memory of {where}: an estimate, in GiB")
     say(f"  compute in {np.dtype(dtype).name}, model.remat={config.model.remat}, accumulate={config.accumulate}")
-    images = config.batch_size // (config.accumulate * num_devices)
+    images = config.batch_size // (config.accumulate * need.shards)
     say_memory(config, need, images)
 
     # ---- what fits there, or what this machine says
     if device:
-        section(f"does it fit on one {device.kind} of {device.memory / GIB:.0f} GiB?")
+        number = "one" if mesh.size == 1 else f"each of {mesh.size}"
+        section(f"does it fit on {number} {device.kind} of {device.memory / GIB:.0f} GiB?")
         say_fit(config, plan, device)
         return
     section("data and time on this machine")
@@ -227,14 +237,14 @@ def say_fit(config: ConfigDict, plan: Plan, device: Device) -> None:
         say("  (XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 in the environment lets JAX take 90%; not counted here)")
     needs = by_policy(config, plan)
     for remat, other in needs.items():
-        most = other.most_images(budget) * config.accumulate
+        most = other.largest_batch(budget)
         now = "  <- the config's" if remat == config.model.remat else ""
         say(f"  largest batch with model.remat={remat:5} {most:>8,}{now}")
     if needs[config.model.remat].fits(config.batch_size, budget):
         say(f"  fits: batch_size={config.batch_size}")
         return
     half = predict_with(config, plan, dtype=jnp.bfloat16) if config.dtype == "float32" else None
-    found = [as_flags(changes) for changes in remedies(config, needs, half, budget, 1)]
+    found = [as_flags(changes) for changes in remedies(config, needs, half, budget)]
     if not found:
         say(f"  does NOT fit, {HOPELESS}")
         return
@@ -254,12 +264,13 @@ def advice(config: ConfigDict) -> str:
     """
     vae, _ = build.describe_encoders(config)
     devices = jax.devices()
-    plan = make_plan(config, build.compute_dtype(config.dtype, devices[0]), vae)
+    plan = make_plan(config, build.compute_dtype(config.dtype, devices[0]), vae, build.make_mesh(config, devices))
     needs = by_policy(config, plan)
-    needed = needs[config.model.remat].total(config.batch_size // (config.accumulate * len(devices)))
+    now = needs[config.model.remat]
+    needed = now.total(config.batch_size // (config.accumulate * now.shards))
     stats = devices[0].memory_stats() or {}
     budget = min(needed - 1, stats.get("bytes_limit", needed + ENCODERS) - ENCODERS)
-    found = [as_flags(changes) for changes in remedies(config, needs, None, budget, len(devices))]
+    found = [as_flags(changes) for changes in remedies(config, needs, None, budget)]
     if not found:
         return f"by the estimate of --dry_run it fits {HOPELESS}"
     return f"by the estimate of --dry_run each of these alone mends it: {', or '.join(found)}"
@@ -282,15 +293,16 @@ def as_flags(changes: dict[str, int | str]) -> str:
 
 
 def remedies(
-    config: ConfigDict, needs: dict[str, Need], half: Need | None, budget: int, num_devices: int
+    config: ConfigDict, needs: dict[str, Need], half: Need | None, budget: int
 ) -> Iterator[dict[str, int | str]]:
     """Changes of keys with which the config fits; each was checked by the prediction.
 
     For each policy of remat the fewest slices that fit, then a smaller batch, and arithmetic in 16 bits. ``needs`` are
     by policy; ``half`` is that in 16 bits, where the config asks for 32.
     """
-    B = config.batch_size // num_devices
-    slices = [a for a in range(1, B + 1) if B % a == 0]
+    B = config.batch_size
+    of_shard = B // needs[config.model.remat].shards
+    slices = [a for a in range(1, of_shard + 1) if of_shard % a == 0]
     policies = list(REMAT_POLICIES)
     for remat in policies[policies.index(config.model.remat) :]:
         for accumulate in slices:
@@ -299,7 +311,7 @@ def remedies(
                 old = flatten(config)
                 yield {key: value for key, value in new.items() if value != old[key]}
                 break
-    if most := needs[config.model.remat].most_images(budget) * config.accumulate * num_devices:
+    if most := needs[config.model.remat].largest_batch(budget):
         yield {"batch_size": most}
     if half is not None and half.fits(B, budget):
         yield {"dtype": "auto"}
@@ -311,7 +323,7 @@ def say_measured(config: ConfigDict, plan: Plan, predicted: int) -> None:
     ``predicted`` is the estimate of a device's bytes.
     """
     step, state, side = plan
-    mesh = make_mesh(jax.devices())
+    mesh = state.step.sharding.mesh
     batch = abstract_batch(step.model, config.batch_size, side, side, config.data.storage_dtype)
     batch = with_sharding(batch, batch_sharding(mesh))
     say("  compiling the train step ...")

@@ -23,6 +23,7 @@ from dit_jax.drawing.pictures import make_grid, save_png
 from dit_jax.drawing.pipeline import Pipeline
 from dit_jax.errors import CheckpointError
 from dit_jax.metrics.report import Report
+from dit_jax.sharding import gather_whole
 from dit_jax.training.loop import Duty
 from dit_jax.training.saved_steps import restore_metadata, steps_of
 from dit_jax.training.validation import NAME, Validation, as_row, in_words
@@ -61,8 +62,9 @@ def draw_samples(
     Of several processes the first draws, with its own copy of the parameters, and the others wait.
     """
     name = _grid_of(step)
+    whole = gather_whole(params)
     if processes.is_first():
-        pipeline.params, pipeline.trained = processes.own_copy(params), replace(pipeline.trained, step=step)
+        pipeline.params, pipeline.trained = processes.own_copy(whole), replace(pipeline.trained, step=step)
         pixels = pipeline.draw(prompts, range(len(prompts)))
         grid = make_grid([Image.fromarray(p) for p in pixels], columns=min(len(prompts), 4))
         path = workdir.folder / name

@@ -22,7 +22,7 @@ from dit_jax.errors import ConfigError, FetchError
 from dit_jax.models.dit import DiT
 from dit_jax.resolve import resolve
 from dit_jax.runtime import DETERMINISTIC, git_commit
-from dit_jax.sharding import make_mesh
+from dit_jax.sharding import batch_shards
 from dit_jax.workdir import Workdir
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")  # whose versions are told and saved
@@ -58,14 +58,14 @@ def gather(config: ConfigDict, workdir: Workdir) -> Parts:
     Raises:
       ConfigError, DataError, FetchError: as of `dit_jax.train.run`.
     """
-    mesh = make_mesh(jax.devices())
+    mesh = build.make_mesh(config, jax.devices())
     source = build.make_source(config, "train")  # first: a folder that is not there must cost no download
     with offer_embedded():
         vae, text_encoder = build.make_vae(config), build.make_text_encoder(config)
     preview = build.make_preview_vae(config, vae)
-    notes = resolve(config, len(source), vae.shape, text_encoder.shape, mesh.size)
+    notes = resolve(config, len(source), vae.shape, text_encoder.shape, batch_shards(mesh))
     held_out = build.make_validation_source(config) if config.validate_every else None
-    model = build.make_model(config, build.compute_dtype(config.dtype, jax.devices()[0]))
+    model = build.make_model(config, build.compute_dtype(config.dtype, jax.devices()[0]), mesh)
     process = build.make_process(config)
     build.make_times(config, process)  # needed later: what cannot be is refused before anything is written
     build.make_weight(config, process)

@@ -15,9 +15,15 @@ if TYPE_CHECKING:
 
 
 def resolve(
-    config: ConfigDict, num_records: int, vae: "VAEShape", text_encoder: "TextShape", num_devices: int
+    config: ConfigDict, num_records: int, vae: "VAEShape", text_encoder: "TextShape", num_shards: int
 ) -> list[str]:
     """Fill in place what depends on the data and the encoders, and check that all fits together.
+
+    Args:
+      config: of the run.
+      num_records: that there are to train on.
+      vae, text_encoder: what is known of them.
+      num_shards: into how many parts the devices cut a batch.
 
     Returns:
       Warnings, one line each.
@@ -39,9 +45,9 @@ def resolve(
         cut = config.total_steps // 10
         notes.append(f"warmup_steps {config.warmup_steps} >= total_steps {config.total_steps}: cut to {cut}")
         config.warmup_steps = cut
-    if config.batch_size % (config.accumulate * num_devices):
+    if config.batch_size % (config.accumulate * num_shards):
         raise ConfigError(
-            f"batch_size {config.batch_size} is not divisible by accumulate {config.accumulate} x {num_devices} devices"
+            f"batch_size {config.batch_size} is not divisible by accumulate {config.accumulate} x {num_shards} devices"
         )
     if config.validate_every and not config.data.validation_fraction:
         raise ConfigError(
@@ -113,6 +119,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         (
             "batch_size",
             "accumulate",
+            "mesh.tensor",
             "keep_latest",
             "max_skipped_in_a_row",
             "model.patch_size",

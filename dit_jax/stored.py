@@ -30,7 +30,8 @@ from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.exchange import layouts
 from dit_jax.exchange.components import PARAMETERS
 from dit_jax.sharding import make_mesh, replicated, with_sharding
-from dit_jax.training.checkpoint import restore_item, restore_tree, save_tree
+from dit_jax.training.checkpoint import restore_tree, restore_trees, save_tree
+from dit_jax.training.formats import in_parts, side_by_side
 from dit_jax.training.saved_steps import find_step, restore_metadata
 from dit_jax.training.state import init_params
 from dit_jax.trees import mismatches, named_leaves
@@ -105,13 +106,15 @@ class Stored:
         shapes = parameter_shapes(self.config, factor)
         shapes = with_sharding(shapes, sharding or replicated(make_mesh(jax.devices()[:1])))
         if not self.exported:
-            return restore_item(self.folder / "checkpoints", self.trained.step, ITEM[self.trained.parameters], shapes)
+            item = ITEM[self.trained.parameters]
+            return restore_trees(self.folder / "checkpoints", self.trained.step, {item: shapes})[item]
+        flat = side_by_side(shapes)
         if (self.folder / SAFETENSORS).is_file():
-            return _read_safetensors(self.folder / SAFETENSORS, shapes)
+            return in_parts(_read_safetensors(self.folder / SAFETENSORS, flat), shapes)
         if (self.folder / PARAMETERS).is_file():
-            return _read_safetensors(self.folder / PARAMETERS, shapes)
+            return in_parts(_read_safetensors(self.folder / PARAMETERS, flat), shapes)
         if (self.folder / ORBAX).is_dir():
-            return restore_tree(self.folder / ORBAX, shapes)
+            return in_parts(restore_tree(self.folder / ORBAX, flat), shapes)
         raise CheckpointError(f"no parameters in {self.folder}: there is no {SAFETENSORS}, {ORBAX}/ or {PARAMETERS}")
 
 
@@ -168,7 +171,7 @@ def write_stored(folder: Path, config: ConfigDict, trained: Trained, params: Any
       form: of `dit_jax.config.FORMATS`; ``orbax`` restores on any number and kind of devices.
       dtype: float32 or bfloat16, of the numbers on disk.
     """
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), side_by_side(params))
     if form == "orbax":
         save_tree(folder / ORBAX, params)
     else:

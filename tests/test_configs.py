@@ -1,7 +1,6 @@
 """The shipped configs: their headers say what is predicted of them, the recipe of eight pictures learns them, and
 published recipes train and draw."""
 
-import dataclasses
 import importlib
 import json
 import math
@@ -16,12 +15,12 @@ import pytest
 from configs import base, large, overfit, small, xl
 from dit_jax import build, evaluate, train
 from dit_jax.config import load_config
-from dit_jax.dry_run import ENCODERS, predict
+from dit_jax.dry_run import ENCODERS, make_plan, predict, predict_with
 from dit_jax.models.flops import DEVICES, GIB, training_flops
 from dit_jax.resolve import resolve
 from dit_jax.sample import Pipeline
-from dit_jax.sharding import make_mesh
-from dit_jax.training.state import abstract_state, init_params
+from dit_jax.sharding import abstract_mesh
+from dit_jax.training.state import init_params
 from dit_jax.trees import count_parameters
 
 SIZES = {"small": small, "base": base, "large": large, "xl": xl}
@@ -32,14 +31,12 @@ def test_the_header_of_a_size_says_what_is_predicted(name):
     config = load_config(f"configs/{name}.py", {})
     resolve(config, 1, *build.describe_encoders(config), 1)
     device = DEVICES["4090"]
-    model = build.make_model(config, build.compute_dtype(device.dtype, jax.devices()[0]))
-    config.latents.update(shift=(0.0,) * 4, scale=(1.0,) * 4)
-    step = build.make_step(config, model, build.make_process(config), *build.make_optimizer(config))
-    state = abstract_state(model, step.optimizer, 32, 32, make_mesh(jax.devices()))
-    need = predict(config, step, state, 32, 32)
+    dtype = build.compute_dtype(device.dtype, jax.devices()[0])
+    plan = make_plan(config, dtype, build.describe_encoders(config)[0], abstract_mesh(1, 1))
+    model, need = plan.step.model, predict(config, plan)
     header = SIZES[name].__doc__
     assert f"configs/{name}.py" in header
-    assert f"{count_parameters(state.params) / 1e6:.1f} M parameters" in header
+    assert f"{count_parameters(plan.state.params) / 1e6:.1f} M parameters" in header
     assert f"{training_flops(model, 32, 32) / 1e9:.1f} GFLOP" in header
     images = config.batch_size // config.accumulate
     assert f"{need.total(images) / GIB:.1f} GiB at batch {config.batch_size}" in header
@@ -49,8 +46,7 @@ def test_the_header_of_a_size_says_what_is_predicted(name):
     most = re.findall(r"(\d+) with (?:model.remat=)?(none|dots|full)", header)
     assert {remat for _, remat in most} == {"none", "dots", "full"}
     for count, remat in most:
-        other = dataclasses.replace(step, model=model.clone(remat=remat))
-        assert predict(config, other, state, 32, 32).most_images(budget) == int(count)
+        assert predict_with(config, plan, remat=remat).largest_batch(budget) == int(count)
 
 
 def losses(workdir) -> dict[int, float]:

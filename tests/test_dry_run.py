@@ -81,7 +81,7 @@ def test_a_run_that_was_out_of_memory_is_advised_what_needs_less(monkeypatch, nu
 
     def need(config, plan, remat="none"):
         activations = Activations(fixed=20, per_image=per_image[remat])
-        return Need({"parameters": 10, "gradients": 10}, activations, config.accumulate)
+        return Need({"parameters": 10, "gradients": 10}, activations, config.accumulate, num_devices)
 
     def total(config):
         images = config.batch_size // (config.accumulate * num_devices)
@@ -90,6 +90,7 @@ def test_a_run_that_was_out_of_memory_is_advised_what_needs_less(monkeypatch, nu
     config = load_config("configs/small.py", {"batch_size": "64"})
     monkeypatch.setattr(jax, "devices", lambda: [Device()] * num_devices)
     monkeypatch.setattr(dry_run_module, "make_plan", lambda *_: None)
+    monkeypatch.setattr(dry_run_module.build, "make_mesh", lambda *_: None)
     monkeypatch.setattr(dry_run_module, "predict_with", need)
     monkeypatch.setattr(dry_run_module.build, "compute_dtype", lambda *_: None)
     line = dry_run_module.advice(config)
@@ -120,6 +121,14 @@ def test_the_largest_batch_is_the_largest(capsys):
     most = int(re.search(r"remat=none +([\d,]+)", dry_run(capsys, *flags))[1].replace(",", ""))
     assert "  fits:" in dry_run(capsys, *flags, f"--config.batch_size={most}")
     assert "does NOT fit" in dry_run(capsys, *flags, f"--config.batch_size={most + 1}")
+
+
+def test_devices_that_share_parameters_hold_a_share_each(capsys):
+    flags = ("--config=configs/xl.py", "--device=4090")
+    pages = [dry_run(capsys, *flags, f"--config.mesh.fsdp={n}") for n in (1, 8)]
+    one, eight = (float(re.search(r"moving average +([\d.]+)", page)[1]) for page in pages)
+    assert one / 8 < eight < one / 7  # what lies outside the blocks is whole
+    assert "fit on each of 8 RTX 4090" in pages[1]
 
 
 def test_what_cannot_fit_is_not_given_advice(capsys):

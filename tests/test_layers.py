@@ -35,6 +35,7 @@ BELOW_PROGRAMS = LEAVES | LIBRARIES | ROOMS | MIDDLE
 MAY_IMPORT = {
     "__init__": set(),
     **{leaf: set() for leaf in LEAVES},
+    "sharding": {"trees"},
     "stores": {"errors"},
     "processes": {"errors", "sharding", "vigil"},
     "vigil": {"errors"},

@@ -280,13 +280,13 @@ def test_a_run_goes_from_eight_devices_to_one_and_to_four(tiny_run, tmp_path):
     program = f"""
 import jax, numpy as np
 from pathlib import Path
-from dit_jax import train
+from dit_jax import build, train
 from dit_jax.sharding import make_mesh, replicated, with_sharding
 from dit_jax.training.checkpoint import Checkpoints
 from tests.tiny_run import tiny_config
 workdir = Path({str(tmp_path / "run")!r})
 for count, stop in ((8, 5), (1, 10), (4, 20)):
-    train.make_mesh = lambda devices: make_mesh(devices[:count])
+    build.make_mesh = lambda config, devices: make_mesh(devices[:count])
     state = train.run(tiny_config(sample_every="0", stop_at_step=str(stop)), workdir)
     assert len(state.step.sharding.device_set) == count
     for other in (8, 1, 4):

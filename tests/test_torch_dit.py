@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 import dit_jax
 from dit_jax.arrays import TextStates
 from dit_jax.models.dit import DiT
+from dit_jax.training.formats import side_by_side
 from dit_jax.trees import named_leaves
 from tests.models.options import OPTIONS
 from tests.toy import Toy
@@ -60,7 +61,7 @@ def to_torch(torch, model: DiT, x, t, text):
 
 
 def exported(toy: Toy, folder: Path) -> tuple[Path, Path]:
-    leaves = {name: np.ascontiguousarray(leaf) for name, leaf in named_leaves(toy.params).items()}
+    leaves = {name: np.ascontiguousarray(leaf) for name, leaf in named_leaves(side_by_side(toy.params)).items()}
     save_file(leaves, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"model": config_of(toy.model), "seed": 0}))
     return folder / "config.json", folder / "model.safetensors"
@@ -89,7 +90,9 @@ def test_outputs_and_gradients_are_those_of_the_same_parameters(theirs, case, tm
     assert_near(np.moveaxis(out.detach().numpy(), 1, -1), expected, "output")
     out.square().mean().backward()
     grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
-    leaves = theirs.from_leaves({n: torch.tensor(np.asarray(g)) for n, g in named_leaves(expected_grads).items()})
+    leaves = theirs.from_leaves(
+        {n: torch.tensor(np.asarray(g)) for n, g in named_leaves(side_by_side(expected_grads)).items()}
+    )
     assert leaves.keys() == grads.keys()
     for name, leaf in leaves.items():
         assert_near(grads[name], leaf, name)

@@ -18,21 +18,21 @@ def memory(spec: str, overrides: dict[str, str]) -> None:
     from dit_jax import build
     from dit_jax.models.dit import REMAT_POLICIES
     from dit_jax.resolve import resolve
-    from dit_jax.sharding import batch_sharding, make_mesh, with_sharding
+    from dit_jax.sharding import batch_sharding, batch_shards, with_sharding
     from dit_jax.training.memory import abstract_batch, compiled_bytes, saved_bytes
     from dit_jax.training.state import abstract_state
 
     config = load_config(spec, overrides)
-    mesh = make_mesh(jax.devices())
+    mesh = build.make_mesh(config, jax.devices())
     vae, text_encoder = build.describe_encoders(config)
-    resolve(config, config.batch_size, vae, text_encoder, mesh.size)
+    resolve(config, config.batch_size, vae, text_encoder, batch_shards(mesh))
     config.latents.shift = config.latents.scale = (1.0,) * config.model.in_channels  # any: they change no shape
     side = config.data.image_size // vae.factor
     B, dtype = config.batch_size, build.compute_dtype(config.dtype, jax.devices()[0])
     steps = {}
     for remat in REMAT_POLICIES:
         config.model.remat = remat
-        model, process = build.make_model(config, dtype), build.make_process(config)
+        model, process = build.make_model(config, dtype, mesh), build.make_process(config)
         steps[remat] = build.make_step(config, model, process, *build.make_optimizer(config))
     print(
         f"batch {B} on {mesh.size} x {jax.devices()[0].device_kind}, accumulate {config.accumulate},"
@@ -41,7 +41,7 @@ def memory(spec: str, overrides: dict[str, str]) -> None:
     print("| remat | kept for the backward pass | temporaries of the compiled step | the step in all |")
     print("|---|---|---|---|", flush=True)
     for remat, step in steps.items():
-        kept = saved_bytes(step, B // config.accumulate // mesh.size, side, side)
+        kept = saved_bytes(step, B // config.accumulate // batch_shards(mesh), side, side)
         state = abstract_state(step.model, step.optimizer, side, side, mesh)
         batch = abstract_batch(step.model, B, side, side, config.data.storage_dtype)
         batch = with_sharding(batch, batch_sharding(mesh))

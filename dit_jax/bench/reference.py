@@ -19,6 +19,7 @@ import dit_jax
 from dit_jax.bench.presets import LATENT_SCALE, Bench
 from dit_jax.errors import ConfigError
 from dit_jax.models.dit import DiT
+from dit_jax.training.formats import side_by_side
 from dit_jax.trees import named_leaves
 
 SOURCE = Path(dit_jax.__file__).parent / "assets" / "torch" / "dit.py"
@@ -52,7 +53,7 @@ def channels_first(array: Any) -> np.ndarray:
 def make_model(model: DiT, params: Any) -> Any:
     """The torch module with these parameters, on the device that torch calculates on."""
     module = import_dit()
-    state = module.from_leaves({name: to_torch(leaf) for name, leaf in named_leaves(params).items()})
+    state = module.from_leaves({name: to_torch(leaf) for name, leaf in named_leaves(side_by_side(params)).items()})
     grid = params["pos_embed"]["table"].shape[:2] if "pos_embed" in params else (1, 1)
     config = module.Config.of({field: getattr(model, field) for field in module.Config.__dataclass_fields__})
     made = module.DiT(config, grid)

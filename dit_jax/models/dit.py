@@ -6,17 +6,20 @@ The network never learns what it predicts (noise, velocity, ...) nor under which
 of `dit_jax.diffusion`, which sees only ``predict(x_t, t, text)``.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from dit_jax.arrays import Array, TextStates
 from dit_jax.models.blocks import VECTORS, DiTBlock, FinalLayer, SharedModulation
 from dit_jax.models.embeddings import PatchEmbedder, TextEmbedder, TimestepEmbedder, spread, unpatchify
 from dit_jax.models.layers import BlockSpec, KeysValues
 from dit_jax.models.positions import Angles, PositionEmbedder, rotary_angles, sincos_positions
+from dit_jax.sharding import gather_block, spread_batch
 
 # What the backward pass recomputes instead of keeping; None keeps everything.
 REMAT_POLICIES: dict[str, Any] = {
@@ -84,6 +87,7 @@ class DiT(nn.Module):
       text_length, text_width, pooled_width: S, E and P of the text encoder.
       remat: ``none``, ``dots`` (keep matrix products) or ``full``: what the backward pass recomputes.
       dtype: compute dtype; parameters are float32 always.
+      mesh: of devices that share the work (`dit_jax.sharding`); None leaves what lies where to the compiler.
 
     Raises:
       ValueError: when a value is not one of those above, or two do not go together.
@@ -114,6 +118,7 @@ class DiT(nn.Module):
     pooled_width: int
     remat: str
     dtype: jnp.dtype = jnp.float32
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         for name, valid in CHOICES.items():
@@ -169,9 +174,13 @@ class DiT(nn.Module):
         )
         if self.modulation == "adaln_single":
             self.adaln_single = SharedModulation(self.dtype)
-        policy = REMAT_POLICIES[self.remat]
-        # argument 6 is `train`, counted with self; everything is static that decides which code runs
-        block = DiTBlock if policy is None else nn.remat(DiTBlock, policy=policy, static_argnums=(6,))
+        policy, block = REMAT_POLICIES[self.remat], DiTBlock
+        if self.mesh is not None and self.mesh.shape["fsdp"] > 1:
+            gather = functools.partial(gather_block, mesh=self.mesh, dtype=self.dtype)
+            block = nn.map_variables(block, "params", gather)
+        if policy is not None:  # also of what was gathered
+            # argument 6 is `train`, counted with self; everything is static that decides which code runs
+            block = nn.remat(block, policy=policy, static_argnums=(6,))
         self.blocks = [block(self.spec, last=i == self.num_layers - 1) for i in range(self.num_layers)]
         self.final_layer = FinalLayer(self.spec, self.patch_size, self.out_channels)
 
@@ -197,10 +206,10 @@ class DiT(nn.Module):
         if text.vector is not None:
             c = c + text.vector
         shared = self.adaln_single(c) if self.modulation == "adaln_single" else c
-        tokens = text.tokens
+        x, tokens = spread_batch((x, text.tokens), self.mesh)
         for i, block in enumerate(self.blocks):
             read = text.keys_values[i] if text.keys_values else tokens
-            x, tokens = block(x, read, shared, text.mask, angles, train)
+            x, tokens = spread_batch(block(x, read, shared, text.mask, angles, train), self.mesh)
         x = self.final_layer(x[:, self.num_registers :], c)
         return unpatchify(x, self.patch_size, rows, cols)
 

@@ -13,6 +13,8 @@ Text.  One vector per caption (``text_pool``) is projected to the model width an
 which stands for "no text" in classifier-free guidance (Ho & Salimans 2022), is learned.
 """
 
+import math
+
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -47,6 +49,31 @@ class Dense(nn.Module):
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
         y = project(x.astype(self.dtype), kernel.astype(self.dtype))
         return y + spread(bias, y.shape, self.dtype)
+
+
+class FusedDense(nn.Module):
+    """Several linear maps of one input as one matrix product: ``[..., D]`` -> ``parts`` arrays ``[..., features]``.
+
+    The maps have an axis of their own in the kernel, ``[D, parts, features]``: devices that share out ``features``
+    then hold the same columns of every map. They are initialised as one map of ``parts * features`` columns.
+    """
+
+    parts: int
+    features: int
+    dtype: jnp.dtype
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x: Array) -> list[Array]:
+        def init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+            return self.kernel_init(key, (shape[0], math.prod(shape[1:])), dtype).reshape(shape)
+
+        D, columns = x.shape[-1], (self.parts, self.features)
+        kernel = self.param("kernel", init, (D, *columns), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), columns, jnp.float32)
+        flat = jnp.einsum("md,dpf->mpf", x.astype(self.dtype).reshape(-1, D), kernel.astype(self.dtype))
+        y = flat + spread(bias, flat.shape, self.dtype)
+        return [part.reshape(*x.shape[:-1], self.features) for part in jnp.split(y, self.parts, axis=1)]
 
 
 def patchify(latents: Array, patch_size: int) -> Array:

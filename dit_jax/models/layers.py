@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dit_jax.arrays import Array
-from dit_jax.models.embeddings import XAVIER, Dense
+from dit_jax.models.embeddings import XAVIER, Dense, FusedDense
 from dit_jax.models.positions import Angles, rotate
 
 EPS = 1e-6  # of the norms
@@ -106,11 +106,10 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     return jnp.einsum("bhns,bhsk->bhnk", jax.nn.softmax(scores).astype(v.dtype), v)
 
 
-def split_heads(x: Array, parts: int, num_heads: int) -> tuple[Array, ...]:
-    """``[B, N, parts * H * K]`` -> ``parts`` arrays ``[B, H, N, K]``."""
+def split_heads(x: Array, num_heads: int) -> Array:
+    """``[B, N, H * K]`` -> ``[B, H, N, K]``."""
     B, N, width = x.shape
-    shape = (B, N, num_heads, width // (parts * num_heads))
-    return tuple(part.reshape(shape).transpose(0, 2, 1, 3) for part in jnp.split(x, parts, axis=-1))
+    return x.reshape(B, N, num_heads, width // num_heads).transpose(0, 2, 1, 3)
 
 
 def join_heads(x: Array) -> Array:
@@ -137,14 +136,14 @@ class SelfAttention(nn.Module):
 
     def setup(self) -> None:
         s = self.spec
-        self.qkv = Dense(3 * s.attention_width, dtype=s.dtype, kernel_init=XAVIER)
+        self.qkv = FusedDense(3, s.attention_width, dtype=s.dtype, kernel_init=XAVIER)
         self.out = Dense(s.hidden_size, dtype=s.dtype, kernel_init=XAVIER)
         if s.qk_norm:
             self.q_norm, self.k_norm = HeadNorm(s.dtype), HeadNorm(s.dtype)
 
     def read(self, x: Array, angles: Angles | None) -> tuple[Array, Array, Array]:
         """Queries, keys and values of tokens ``[B, N, D]``, each ``[B, H, N, K]``; turned by ``angles``."""
-        q, k, v = split_heads(self.qkv(x), 3, self.spec.num_heads)
+        q, k, v = (split_heads(part, self.spec.num_heads) for part in self.qkv(x))
         if self.spec.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
@@ -164,8 +163,8 @@ class TextKeysValues(nn.Module):
     @nn.compact
     def __call__(self, tokens: Array) -> KeysValues:
         s = self.spec
-        kv = Dense(2 * s.attention_width, dtype=s.dtype, kernel_init=XAVIER, name="kv")(tokens)
-        k, v = split_heads(kv, 2, s.num_heads)
+        kv = FusedDense(2, s.attention_width, dtype=s.dtype, kernel_init=XAVIER, name="kv")(tokens)
+        k, v = (split_heads(part, s.num_heads) for part in kv)
         return (HeadNorm(s.dtype, name="k_norm")(k) if s.qk_norm else k), v
 
 
@@ -190,7 +189,7 @@ class CrossAttention(nn.Module):
 
     def __call__(self, x: Array, keys_values: KeysValues, mask: Array) -> Array:
         """``x [B, N, D]``, `keys_values` and ``mask [B, S]`` of the text -> ``[B, N, D]``."""
-        (q,) = split_heads(self.q(x), 1, self.spec.num_heads)
+        q = split_heads(self.q(x), self.spec.num_heads)
         if self.spec.qk_norm:
             q = self.q_norm(q)
         return self.out(join_heads(attend(q, *keys_values, mask)))
@@ -204,14 +203,12 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         s = self.spec
-        gated = s.mlp == "swiglu"
-        x = Dense(s.mlp_width * (2 if gated else 1), dtype=s.dtype, kernel_init=XAVIER, name="fc_in")(x)
-        if gated:
-            gate, x = jnp.split(x, 2, axis=-1)
+        if s.mlp == "swiglu":
+            gate, x = FusedDense(2, s.mlp_width, dtype=s.dtype, kernel_init=XAVIER, name="fc_in")(x)
             x = nn.silu(gate) * x  # (4)
-        elif s.mlp == "gelu":
-            x = nn.gelu(x.astype(jnp.float32)).astype(s.dtype)  # its cube does not fit into float16
         else:
-            x = nn.silu(x)
+            x = Dense(s.mlp_width, dtype=s.dtype, kernel_init=XAVIER, name="fc_in")(x)
+            # the cube of gelu does not fit into float16
+            x = nn.gelu(x.astype(jnp.float32)).astype(s.dtype) if s.mlp == "gelu" else nn.silu(x)
         x = nn.Dropout(s.dropout, deterministic=not train)(x)
         return Dense(s.hidden_size, dtype=s.dtype, kernel_init=XAVIER, name="fc_out")(x)

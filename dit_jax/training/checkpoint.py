@@ -5,7 +5,7 @@ committed: by a rename, or in a bucket by one file more. A step that counts is w
 long as it lies there. `Checkpoints.committed` reports a save only when that was done, and looked at.
 
 What lies there, and which of it can be used, is for `dit_jax.training.saved_steps`. Orbax notices no flipped bit, and
-casts without a word, so that shapes and types of all arrays are compared here (`restore_item`).
+casts without a word, so that shapes and types of all arrays are compared here.
 """
 
 import contextlib
@@ -27,7 +27,6 @@ from dit_jax.training import formats, manifest
 from dit_jax.training.saved_steps import (
     FORMAT,
     ITEMS,
-    TREES,
     half_deleted,
     restore_metadata,
     steps_of,
@@ -192,12 +191,9 @@ class Checkpoints:
         Raises:
           CheckpointError: if the step is missing, unreadable, or of another model.
         """
-        wrote = restore_metadata(self.directory, step).get("format", 0)
-        rest = formats.own_shapes(_optimizer_item(state), wrote)
-        wanted = {"params": state.params, "ema": state.ema, "optimizer": rest}
-        items = {item: restore_item(self.directory, step, item, wanted[item]) for item in TREES}
-        rest = formats.of_today(items["optimizer"], wrote)
-        return TrainState(params=items["params"], ema=items["ema"], **rest)
+        wanted = {"params": state.params, "ema": state.ema, "optimizer": _optimizer_item(state)}
+        trees = restore_trees(self.directory, step, wanted)
+        return TrainState(params=trees["params"], ema=trees["ema"], **trees["optimizer"])
 
     def close(self) -> None:
         """Wait for what is being written and release the directory."""
@@ -255,13 +251,17 @@ class Checkpoints:
 # ----------------------------------------------------------------------------------------------------- what is in it
 
 
-def restore_item(directory: Path, step: int, item: str, shapes: Any) -> Any:
-    """A tree of a step: ``item`` is of `TREES`; ``shapes`` says shapes, dtypes and shardings.
+def restore_trees(directory: Path, step: int, shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """Trees of a step, of whatever format, by their names in `TREES`; ``shapes`` are today's, with shardings.
 
     Raises:
-      CheckpointError: it is unreadable, or of another model, each leaf by name.
+      CheckpointError: one is unreadable, or of another model, each leaf by name.
     """
-    return _restore(directory / str(step) / item, shapes, same_types=True)
+
+    def read(shapes: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: _restore(directory / str(step) / name, tree, same_types=True) for name, tree in shapes.items()}
+
+    return formats.restore(dict(shapes), restore_metadata(directory, step).get("format", 0), read)
 
 
 def save_tree(path: Path, tree: Any) -> None:

@@ -43,6 +43,7 @@ def saved_bytes(step: TrainStep, B: int, h: int, w: int) -> int:
     The parameters and the batch are there anyway and do not count. With ``accumulate`` A, B is a slice of the batch. A
     compiler may keep less, where computing a value again is cheaper than reading it.
     """
+    step = dataclasses.replace(step, model=step.model.clone(mesh=None))  # B need not go into its devices
     params = jax.eval_shape(lambda key: init_params(step.model, key, h, w), jax.random.key(0))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
     places = jax.ShapeDtypeStruct((B,), jnp.float32)

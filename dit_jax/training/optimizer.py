@@ -56,9 +56,18 @@ def make_optimizer(
         chosen = mask_by_name(params, lambda leaf: leaf.startswith("blocks_") and leaf.endswith("/kernel"))
         return jax.tree.map(lambda yes: "muon" if yes else "adamw", chosen)
 
+    def as_matrices(params: Any) -> Any:  # fused kernels have an axis for their maps
+        return jax.tree.map(lambda p: optax.contrib.MuonDimensionNumbers(0, tuple(range(1, p.ndim))), params)
+
     update = optax.adamw(1.0, b1=b1, b2=b2, weight_decay=weight_decay, mask=kernels)
     if name == "muon":
-        muon = optax.contrib.muon(1.0, beta=muon_momentum, weight_decay=weight_decay, consistent_rms=0.2)
+        muon = optax.contrib.muon(
+            1.0,
+            beta=muon_momentum,
+            weight_decay=weight_decay,
+            muon_weight_dimension_numbers=as_matrices,
+            consistent_rms=0.2,
+        )
         update = optax.partition({"muon": muon, "adamw": update}, optimizer_of)
     elif name != "adamw":
         raise ValueError(f"optimizer is {name!r}; it can be {', '.join(OPTIMIZERS)}")

@@ -19,7 +19,7 @@ from dit_jax.errors import CheckpointError
 from dit_jax.files import read_json
 from dit_jax.training import manifest
 
-FORMAT = 2  # of what is saved now; `dit_jax.training.formats` reads older ones
+FORMAT = 3  # of what is saved now; `dit_jax.training.formats` reads older ones
 TREES = ("params", "ema", "optimizer")
 ITEMS = (*TREES, "metadata")
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a step that is being written, or was when its process ended

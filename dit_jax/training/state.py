@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dit_jax.arrays import Array, TextStates
 from dit_jax.models.dit import DiT
-from dit_jax.sharding import replicated, with_sharding
+from dit_jax.sharding import state_shardings, with_sharding
 from dit_jax.training.loss_scale import LossScale
 from dit_jax.training.skips import Skips
 
@@ -42,22 +42,29 @@ def init_params(model: DiT, key: jax.Array, h: int, w: int) -> Any:
     S, E, P = model.text_length, model.text_width, model.pooled_width
     text = TextStates(jnp.zeros((1, S, E)), jnp.zeros((1, P)), jnp.ones((1, S), bool))
     x = jnp.zeros((1, h, w, model.in_channels))
-    return model.init(key, x, jnp.zeros((1,)), text, train=False)["params"]
+    alone = model.clone(mesh=None)  # one picture goes into no mesh; what lies where is for the caller
+    return alone.init(key, x, jnp.zeros((1,)), text, train=False)["params"]
 
 
 def init_state(
     model: DiT, optimizer: optax.GradientTransformation, key: jax.Array, h: int, w: int, mesh: Mesh
 ) -> TrainState:
-    """A fresh state, made on the mesh by one jitted function."""
-
+    """A fresh state, made where it shall lie on the mesh by one jitted function."""
     init = functools.partial(_fresh_state, model, optimizer, h, w)
-    return jax.jit(init, out_shardings=replicated(mesh))(key)
+    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(model, optimizer, h, w, mesh))
+    return jax.jit(init, out_shardings=shardings)(key)
 
 
-def abstract_state(model: DiT, optimizer: optax.GradientTransformation, h: int, w: int, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of a state, without its arrays: what a checkpoint is restored into."""
+def abstract_state(
+    model: DiT, optimizer: optax.GradientTransformation, h: int, w: int, mesh: Mesh | AbstractMesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of a state, without its arrays: what a checkpoint is restored into.
+
+    Raises:
+      ValueError: parameters cannot lie on this mesh.
+    """
     shapes = jax.eval_shape(functools.partial(_fresh_state, model, optimizer, h, w), jax.random.key(0))
-    return with_sharding(shapes, replicated(mesh))
+    return with_sharding(shapes, state_shardings(shapes, shapes.params, mesh))
 
 
 def _fresh_state(model: DiT, optimizer: optax.GradientTransformation, h: int, w: int, key: jax.Array) -> TrainState:

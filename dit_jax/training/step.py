@@ -131,7 +131,8 @@ class TrainStep:
             # This pass removes what holds a recomputation back until the backward pass. It is then merged with the
             # forward pass, and remat saves nothing.
             options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
-        return jax.jit(self, donate_argnums=0).lower(state, batch).compile(options)
+        kept = jax.tree.map(lambda a: a.sharding, state)  # the next step is given what this one returns
+        return jax.jit(self, donate_argnums=0, out_shardings=(kept, None)).lower(state, batch).compile(options)
 
     def loss(self, params: Any, batch: Batch, keys: Array, places: Array, dropout_key: Array) -> Array:
         """Mean loss of samples that draw from ``keys [B]`` and stand at ``places [B]`` of the batch; float32 scalar."""

@@ -14,6 +14,7 @@ from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.exchange import layouts
 from dit_jax.resolve import resolve
 from dit_jax.sharding import make_mesh
+from dit_jax.training.formats import side_by_side
 from dit_jax.training.state import TrainState, init_state
 from dit_jax.trees import named_leaves
 from tests.models.options import OPTIONS
@@ -141,7 +142,8 @@ def test_the_reference_layout_computes_what_it_computes_elsewhere(new, out_chann
 
 @pytest.mark.parametrize("case", OPTIONS)
 def test_our_layout_for_torch_comes_back_bit_for_bit(case, tmp_path):
-    leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(Toy(**OPTIONS[case]).params).items()}
+    toy = Toy(**OPTIONS[case])
+    leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(side_by_side(toy.params)).items()}
     save_file(layouts.to_torch(leaves), tmp_path / "x.safetensors", metadata={"format": "pt"})
     found = layouts.read_parameters(tmp_path / "x.safetensors")
     assert found.layout == "torch" and found.leaves.keys() == leaves.keys() and not found.strangers
@@ -153,7 +155,7 @@ def test_our_layout_for_torch_comes_back_bit_for_bit(case, tmp_path):
 def test_a_new_run_begins_with_a_file_bit_for_bit(new, layout, tmp_path):
     config, _, state = new
     params = randomise(state.params, 5)
-    leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(params).items()}
+    leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(side_by_side(params)).items()}
     save_file(layouts.to_torch(leaves) if layout == "torch" else leaves, tmp_path / "x.safetensors")
     begun, said = begin(tmp_path / "x.safetensors", config, state)
     jax.tree.map(np.testing.assert_array_equal, begun.params, params)

@@ -18,7 +18,7 @@ def test_the_top_of_the_parameter_tree_is_as_documented(toy):
     assert sorted(toy.params) == LAYOUT
     D, HK = SMALL["hidden_size"], SMALL["num_heads"] * SMALL["attention_head_dim"]
     leaves = named_leaves(toy.params)
-    assert leaves["blocks_0/attention/qkv/kernel"].shape == (D, 3 * HK)
+    assert leaves["blocks_0/attention/qkv/kernel"].shape == (D, 3, HK)
     assert leaves["blocks_0/attention/out/kernel"].shape == (HK, D)
     assert all(leaf.dtype == jnp.float32 for leaf in leaves.values())
 
@@ -177,7 +177,7 @@ def test_joint_text_has_no_order_but_what_its_states_say():
 
 def test_qk_norm_takes_the_size_of_queries_and_keys_away():
     """Their projection times ten changes nothing; without the norm it changes much. Values, a third of it, stay."""
-    ten = np.repeat([10.0, 10.0, 1.0], SMALL["num_heads"] * SMALL["attention_head_dim"])
+    ten = np.array([[10.0], [10.0], [1.0]])
 
     def enlarge(path, leaf):
         return np.asarray(leaf) * ten if "'qkv'" in str(path) else leaf

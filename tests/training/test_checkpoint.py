@@ -21,9 +21,10 @@ from dit_jax.errors import CheckpointError, WorkdirError
 from dit_jax.sample import Pipeline
 from dit_jax.sharding import make_mesh, replicated, with_sharding
 from dit_jax.training import manifest
-from dit_jax.training.checkpoint import Best, Checkpoints, restore_item
+from dit_jax.training.checkpoint import Best, Checkpoints, restore_trees
 from dit_jax.training.loss_scale import LossScale
 from dit_jax.training.saved_steps import (
+    FORMAT,
     ITEMS,
     find_step,
     newest_whole,
@@ -96,9 +97,11 @@ def test_a_state_comes_back_bit_for_bit(saved):
 def test_parameters_and_metadata_alone(saved):
     folder, _, _ = saved
     shapes = jax.eval_shape(lambda: make_state(7).params)
-    jax.tree.map(np.testing.assert_array_equal, restore_item(folder, 7, "ema", shapes), make_state(7).ema)
-    jax.tree.map(np.testing.assert_array_equal, restore_item(folder, 7, "params", shapes), make_state(7).params)
-    assert restore_metadata(folder, 7) == {"data": "pictures", "format": 2, "step": 7}
+    jax.tree.map(np.testing.assert_array_equal, restore_trees(folder, 7, {"ema": shapes})["ema"], make_state(7).ema)
+    jax.tree.map(
+        np.testing.assert_array_equal, restore_trees(folder, 7, {"params": shapes})["params"], make_state(7).params
+    )
+    assert restore_metadata(folder, 7) == {"data": "pictures", "format": FORMAT, "step": 7}
 
 
 def test_a_state_is_restored_onto_the_devices_that_there_are_now(saved):
@@ -135,8 +138,10 @@ def test_a_checkpoint_of_another_model_is_an_error_that_names_every_leaf(saved):
 
 def test_a_checkpoint_of_a_later_release_is_refused_by_its_name(steps):
     path = steps / "7" / "metadata" / "metadata"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3, "versions": {"dit_jax": "9.1"}}))
-    with pytest.raises(CheckpointError, match=r"has format 3, this release reads 2 and older: .*\(9\.1\)"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": FORMAT + 1, "versions": {"dit_jax": "9.1"}}))
+    with pytest.raises(
+        CheckpointError, match=rf"has format {FORMAT + 1}, this release reads {FORMAT} and older: .*\(9\.1\)"
+    ):
         restore_metadata(steps, 7)
 
 

@@ -565,7 +565,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def from_leaves(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of parameters by the names of dit_jax, ``blocks_0/attention/qkv/kernel``; or of one by our own."""
+    """A state dict of parameters as an export of dit_jax has them, ``blocks_0/attention/qkv/kernel``; or of our own."""
     state = {}
     for name, leaf in leaves.items():
         path = name.replace("/", ".")
