@@ -12,7 +12,8 @@ def get_config() -> ConfigDict:
 
     # ---- how long, how much
     c.seed = 0  # of all randomness: parameters, noise, times, caption dropout, data order
-    c.init_from = ""  # a run or an export whose parameters a new run begins with; "": random ones
+    # whose parameters a new run begins with: a run, an export, or FILE.safetensors of a DiT; "": random ones
+    c.init_from = ""
     c.total_steps = 100_000  # length of the run and of the learning-rate schedule; 0: use total_epochs
     c.total_epochs = 0  # only read when total_steps is 0
     c.stop_at_step = 0  # save and stop after this step although the run is longer; 0 is off

@@ -85,7 +85,7 @@ KINDS = {key: kind for kind, keys in FIRST.items() for key in keys.split()}
 KINDS |= {key: type(value) for key, value in ADDED.items()}
 WORDS = ("sample.prompts",)  # tuples that hold text; all others hold numbers
 LARGEST = 2**53  # of whole numbers: JSON has larger ones, no config needs them
-FORMATS = ("safetensors", "orbax")  # of an export's parameters
+FORMATS = ("safetensors", "orbax", "diffusers")  # of an export's parameters
 TRAINED = "trained"  # what the config.json of an export says beside the config: see dit_jax.stored
 
 # What a run that is resumed may change; every other key must be what it was.

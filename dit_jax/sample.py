@@ -19,7 +19,7 @@ from dit_jax.errors import ConfigError
 from dit_jax.files import parse_json
 from dit_jax.runtime import add_flags, path_of, set_up
 
-__all__ = ["Pipeline", "add_model_flags", "main", "make_grid", "read_prompts"]
+__all__ = ["Pipeline", "add_model_flags", "add_settings_flags", "main", "make_grid", "read_prompts", "settings_of"]
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -34,16 +34,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The program's flags."""
-    parser = argparse.ArgumentParser(prog="python -m dit_jax.sample", description=__doc__.split("\n")[0])
-    add_model_flags(parser)
-    parser.add_argument("--prompt", action="append", default=[], help="may be given more than once")
-    parser.add_argument("--prompts_file", type=path_of, help="one prompt a line; .jsonl: rows of prompt and seed")
-    parser.add_argument("--num_images", type=int, default=1, help="per prompt")
-    parser.add_argument(
-        "--seed", type=int, nargs="+", default=[0], help="one: picture i has seed + i; or one for every picture"
-    )
+def add_settings_flags(parser: argparse._ActionsContainer) -> None:
+    """How pictures are drawn: the keys of ``sample`` that `settings_of` reads."""
     parser.add_argument("--steps", type=int, help="default: the run's")
     parser.add_argument("--guidance_scale", type=float, help="1 is off; default: the run's")
     parser.add_argument(
@@ -56,9 +48,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--guidance_rescale", type=float, help="0 is off .. 1; default: the run's")
     parser.add_argument("--apg_parallel", type=float, help="1 is off .. 0; default: the run's")
     parser.add_argument("--apg_norm", type=float, help="0 is off; default: the run's")
-    parser.add_argument("--negative_prompt", help="default: the learned null caption")
     parser.add_argument("--sampler", help="ddpm | ddim | dpmpp_2m | euler | euler_ancestral | heun; default: the run's")
     parser.add_argument("--grid", help="times of the steps: uniform | trailing | karras | shifted; default: the run's")
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The keys of ``sample`` that were given, and None for the others."""
+    interval = args.guidance_interval and tuple(args.guidance_interval)
+    keys = ("steps", "sampler", "guidance_scale", "grid", "guidance_rescale", "apg_parallel", "apg_norm")
+    return {key: getattr(args, key) for key in keys} | {"guidance_interval": interval}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program's flags."""
+    parser = argparse.ArgumentParser(prog="python -m dit_jax.sample", description=__doc__.split("\n")[0])
+    add_model_flags(parser)
+    parser.add_argument("--prompt", action="append", default=[], help="may be given more than once")
+    parser.add_argument("--prompts_file", type=path_of, help="one prompt a line; .jsonl: rows of prompt and seed")
+    parser.add_argument("--num_images", type=int, default=1, help="per prompt")
+    parser.add_argument(
+        "--seed", type=int, nargs="+", default=[0], help="one: picture i has seed + i; or one for every picture"
+    )
+    add_settings_flags(parser)
+    parser.add_argument("--negative_prompt", help="default: the learned null caption")
     parser.add_argument("--height", type=int, help="pixels; default: the run's")
     parser.add_argument("--width", type=int)
     parser.add_argument("--long_prompt", choices=("truncate", "error", "chunk"), default="truncate")
@@ -138,10 +150,8 @@ def _request(args: argparse.Namespace) -> dict[str, Any]:
     for flag, path in (("init_image", args.init_image), ("mask", args.mask)):
         if path is not None and path.resolve().parent == args.output.resolve():
             raise ConfigError(f"--{flag}={path} lies in --output and could be replaced; choose another --output")
-    flags = ("negative_prompt", "height", "width", "long_prompt", "init_image", "mask", "strength", "steps", "sampler",
-             "guidance_scale", "grid", "guidance_rescale", "apg_parallel", "apg_norm")  # fmt: skip
-    interval = args.guidance_interval and tuple(args.guidance_interval)
-    return {flag: getattr(args, flag) for flag in flags} | {"guidance_interval": interval}
+    flags = ("negative_prompt", "height", "width", "long_prompt", "init_image", "mask", "strength")
+    return {flag: getattr(args, flag) for flag in flags} | settings_of(args)
 
 
 def _draw(args: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
-"""Trained models on disk: what a run or an export says of itself, how its parameters are read, and what begins with it.
+"""Trained models on disk: what a run or an export says of itself, and how its parameters are read.
 
     run      config.json  checkpoints/<step>/...
     export   config.json  model.safetensors (or orbax/)  [vae/]  [text_encoder/]
+             config.json  transformer/diffusion_pytorch_model.safetensors  vae/  text_encoder/  tokenizer/ ...
 
 An export's ``config.json`` is that of its run with one section more, ``trained``: the step, which parameters, and the
 hashes of data and encoders. The encoders that it was trained with lie in it, or ``vae`` and ``text_encoder`` name them.
@@ -9,8 +10,8 @@ hashes of data and encoders. The encoders that it was trained with lie in it, or
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,19 @@ import numpy as np
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dit_jax import build, files, stores
-from dit_jax.config import TRAINED, flatten, read_run
+from dit_jax.config import TRAINED, read_run
 from dit_jax.encoders import places
 from dit_jax.errors import CheckpointError, ConfigError
+from dit_jax.exchange import layouts
+from dit_jax.exchange.components import PARAMETERS
 from dit_jax.sharding import make_mesh, replicated, with_sharding
 from dit_jax.training.checkpoint import restore_tree, restore_trees, save_tree
 from dit_jax.training.formats import in_parts, side_by_side
-from dit_jax.training.init_from import transfer
 from dit_jax.training.saved_steps import find_step, restore_metadata
-from dit_jax.training.state import TrainState, init_params
+from dit_jax.training.state import init_params
 from dit_jax.trees import mismatches, named_leaves
 
 ITEM = {"ema": "ema", "raw": "params"}  # of a checkpoint, for every choice of parameters
@@ -110,9 +111,11 @@ class Stored:
         flat = side_by_side(shapes)
         if (self.folder / SAFETENSORS).is_file():
             return in_parts(_read_safetensors(self.folder / SAFETENSORS, flat), shapes)
+        if (self.folder / PARAMETERS).is_file():
+            return in_parts(_read_safetensors(self.folder / PARAMETERS, flat), shapes)
         if (self.folder / ORBAX).is_dir():
             return in_parts(restore_tree(self.folder / ORBAX, flat), shapes)
-        raise CheckpointError(f"no parameters in {self.folder}: there is neither {SAFETENSORS} nor {ORBAX}/")
+        raise CheckpointError(f"no parameters in {self.folder}: there is no {SAFETENSORS}, {ORBAX}/ or {PARAMETERS}")
 
 
 def open_stored(path: str | Path, parameters: str | None, step: int | None) -> Stored:
@@ -158,7 +161,7 @@ def open_stored(path: str | Path, parameters: str | None, step: int | None) -> S
 
 
 def write_stored(folder: Path, config: ConfigDict, trained: Trained, params: Any, form: str, dtype: DTypeLike) -> None:
-    """Write parameters and what they came from as an export, without its encoders.
+    """Write parameters and what they came from as an export, without its other parts.
 
     Args:
       folder: an empty folder.
@@ -173,7 +176,11 @@ def write_stored(folder: Path, config: ConfigDict, trained: Trained, params: Any
         save_tree(folder / ORBAX, params)
     else:
         leaves = {name: np.ascontiguousarray(leaf) for name, leaf in named_leaves(jax.device_get(params)).items()}
-        save_file(leaves, folder / SAFETENSORS, metadata={"format": "dit_jax"})
+        if form == "diffusers":
+            (folder / PARAMETERS).parent.mkdir()
+            save_file(layouts.to_torch(leaves), folder / PARAMETERS, metadata={"format": "pt"})
+        else:
+            save_file(leaves, folder / SAFETENSORS, metadata={"format": "dit_jax"})
     text = json.dumps(config.to_dict() | {TRAINED: asdict(trained)}, indent=2)
     (folder / "config.json").write_text(text + "\n")
 
@@ -216,80 +223,8 @@ def _read_trained(path: Path) -> Trained | None:
 def _read_safetensors(path: Path, shapes: Any) -> Any:
     """The tensors of a file in the tree of ``shapes``, cast to its types and put where it says."""
     expected = named_leaves(shapes)
-    try:
-        with safe_open(path, framework="np") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            wrong = mismatches(found, expected)
-            if wrong:
-                raise CheckpointError(f"{path} does not fit its config.json: {'; '.join(wrong)}")
-            leaves = [
-                jax.device_put(file.get_tensor(name).astype(leaf.dtype), leaf.sharding)
-                for name, leaf in expected.items()
-            ]
-    except (SafetensorError, AttributeError) as error:  # the latter as the library says that numpy has no such type
-        raise CheckpointError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+    found = layouts.read_parameters(path).leaves
+    if wrong := mismatches({name: leaf.shape for name, leaf in found.items()}, expected):
+        raise CheckpointError(f"{path} does not fit its config.json: {'; '.join(wrong)}")
+    leaves = [jax.device_put(found[name].astype(leaf.dtype), leaf.sharding) for name, leaf in expected.items()]
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-
-
-# --- a new run begins with them ------------------------------------------------------------------------------
-
-# Keys that change what parameters mean, but not their shapes.
-MEANINGS = (
-    "diffusion.schedule",
-    "diffusion.shift",
-    "diffusion.prediction",
-    "model.num_heads",
-    "model.attention_head_dim",
-    "model.time_scale",
-    "model.text_pool",
-    "model.mlp",
-    "model.norm",
-    "model.positions",
-    "model.rope",
-    "model.base_grid",
-)
-
-
-def open_origin(config: ConfigDict, identity: Mapping[str, str], say: Callable[[str], None]) -> Stored:
-    """The model whose parameters a new run begins with; its scale of latents goes with them.
-
-    Raises:
-      CheckpointError: there is none.
-      ConfigError: it was trained with other encoders.
-    """
-    origin = open_stored(config.init_from, None, None)
-    other = [name for name in ENCODERS if getattr(origin.trained, name) != identity[name]]
-    if other:
-        named = ", ".join(f"{name} {origin.config[name]}" for name in other)
-        raise ConfigError(
-            f"init_from={config.init_from} was trained with another {' and '.join(other)} (its own: {named}); its"
-            " parameters mean nothing to these latents and states"
-        )
-    theirs, ours = flatten(origin.config), flatten(config)
-    for key in MEANINGS:
-        if theirs.get(key) != ours[key]:
-            say(f"warning: init_from was trained with {key}={theirs.get(key)}, this run has {ours[key]}")
-    own = origin.config.latents.shift, origin.config.latents.scale
-    if config.latents.scale and (config.latents.shift, config.latents.scale) != own:
-        raise ConfigError(
-            f"init_from={config.init_from} was trained with latents.shift {own[0]} and latents.scale {own[1]}, this run"
-            f" has {config.latents.shift} and {config.latents.scale}; leave both empty, and they are taken over"
-        )
-    config.latents.shift, config.latents.scale = own
-    return origin
-
-
-def begin_from(origin: Stored, state: TrainState, factor: int, say: Callable[[str], None]) -> TrainState:
-    """A fresh state with the parameters of another model where they fit, and a word on every one that does not."""
-    found = transfer(origin.restore(factor, state.step.sharding), state.params)  # whole on every device, as the step
-    trained = origin.trained
-    say(
-        f"init_from: {origin.folder}, {trained.parameters} parameters of step {trained.step}:"
-        f" {len(found.taken)} of {len(jax.tree.leaves(state.params))} taken over"
-    )
-    for kind in ("resampled", "new", "dropped", "misshapen"):
-        for name in getattr(found, kind):
-            say(f"init_from: {kind}: {name}")
-    if not found.taken:
-        raise ConfigError(f"nothing of init_from={origin.folder} fits this model")
-    return replace(state, params=found.params, ema=jax.tree.map(jnp.copy, found.params))

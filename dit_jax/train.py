@@ -38,10 +38,11 @@ from dit_jax.feed import open_feed, open_validation
 from dit_jax.files import write_whole
 from dit_jax.metrics.report import Report
 from dit_jax.models.flops import peak_flops, training_flops
+from dit_jax.origin import begin_from
 from dit_jax.parts import PACKAGES, Parts, describe, gather, refuse_another
 from dit_jax.runtime import git_commit
 from dit_jax.sharding import put_batch
-from dit_jax.stored import Trained, begin_from, open_origin
+from dit_jax.stored import Trained
 from dit_jax.stores import folder_of
 from dit_jax.training.checkpoint import Best, Checkpoints
 from dit_jax.training.divergence import diverged
@@ -145,7 +146,7 @@ def begin(parts: Parts) -> TrainState:
     state = init_state(parts.model, parts.optimizer, jax.random.key(config.seed), side, side, parts.mesh)
     if not config.init_from:
         return state
-    return begin_from(open_origin(config, parts.identity, say), state, parts.vae.factor, say)
+    return begin_from(config, parts.identity, state, parts.vae.factor, say)
 
 
 def take_steps(

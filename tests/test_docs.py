@@ -30,6 +30,7 @@ DOCUMENTS = [
     *TWINS,
     *TWINS.values(),
     "docs/data.md",
+    "docs/exports.md",
     "docs/sampling.md",
     "docs/validation.md",
     "docs/recipes.md",

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from dit_jax import export, main, stored
 from dit_jax.config import FORMATS, load_config
 from dit_jax.errors import CheckpointError, ConfigError
+from dit_jax.exchange.components import PARAMETERS
 from dit_jax.sample import Pipeline
 from dit_jax.sharding import make_mesh
 from dit_jax.trees import count_parameters
@@ -72,12 +73,9 @@ def test_parameters_restore_on_any_mesh(exported, pipe):
 
 def test_an_export_holds_parameters_and_encoders_and_says_what_they_are(exported, tiny_run, pipe):
     names = {path.name for path in exported.iterdir()}
-    assert names == {
-        "config.json",
-        "vae",
-        "text_encoder",
-        {"safetensors": "model.safetensors"}.get(exported.name, "orbax"),
-    }
+    components = {"model_index.json", "sample.py", "scheduler", "tokenizer", "transformer"}
+    own = {"safetensors": {"model.safetensors"}, "orbax": {"orbax"}, "diffusers": components}[exported.name]
+    assert names == {"README.md", "samples.png", "config.json", "vae", "text_encoder"} | own
     config = json.loads((exported / "config.json").read_text())
     trained = config.pop("trained")
     assert config == json.loads((tiny_run / "config.json").read_text())
@@ -105,8 +103,9 @@ def test_bfloat16_halves_the_size_and_rounds_every_parameter(tiny_run, tmp_path,
     found = Pipeline.load(half).params
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), pipe.params)
     jax.tree.map(np.testing.assert_array_equal, found, rounded)
-    if form == "safetensors":
-        sizes = [sum(a.nbytes for a in load_file(folder / "model.safetensors").values()) for folder in (whole, half)]
+    if form != "orbax":
+        file = {"safetensors": "model.safetensors", "diffusers": PARAMETERS}[form]
+        sizes = [sum(a.nbytes for a in load_file(folder / file).values()) for folder in (whole, half)]
         assert sizes == [4 * count_parameters(pipe.params), 2 * count_parameters(pipe.params)]
     out = capsys.readouterr().out
     for path in half.iterdir():

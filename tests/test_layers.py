@@ -26,7 +26,10 @@ PROGRAMS = {
     "__main__",
 }
 # layer 3
-MIDDLE = {"config", "resolve", "build", "feed", "stored", "drawing", "runtime", "ending", "workdir", "duties", "parts"}
+MIDDLE = {
+    "config", "resolve", "build", "feed", "exchange", "stored", "origin", "drawing", "runtime", "ending", "workdir",
+    "duties", "parts",
+}  # fmt: skip
 BELOW_PROGRAMS = LEAVES | LIBRARIES | ROOMS | MIDDLE
 
 MAY_IMPORT = {
@@ -42,7 +45,9 @@ MAY_IMPORT = {
     "resolve": LEAVES | {"encoders"},  # completes a config
     "build": LEAVES | LIBRARIES | ROOMS | {"resolve"},
     "feed": LEAVES | LIBRARIES | ROOMS | {"config", "build"},  # what runs are fed with
-    "stored": LEAVES | ROOMS | {"encoders", "config", "build"},  # trained models on disk
+    "exchange": LEAVES | {"diffusion", "encoders", "config"},  # trained models as other programs have them
+    "stored": LEAVES | ROOMS | {"encoders", "config", "build", "exchange"},  # trained models on disk
+    "origin": LEAVES | ROOMS | {"encoders", "config", "exchange", "stored"},  # what a new run begins with
     "drawing": LEAVES | LIBRARIES | {"config", "resolve", "build", "stored"},  # prompts in, pictures out
     "runtime": LEAVES,  # how programs start
     "ending": LEAVES,  # and how they end

@@ -214,6 +214,22 @@ class Pipeline:
             "canvas": canvas.sha256() if canvas and plan.edited else None,
         }
 
+    def sample_config(self, settings: dict[str, Any]) -> ConfigDict:
+        """The run's config with other keys of ``sample``, where they are not None.
+
+        Raises:
+          ConfigError: there is no such key, or its value cannot be.
+        """
+        from dit_jax.build import config_errors
+
+        config = self.config.copy_and_resolve_references()
+        if unknown := set(settings) - set(config.sample):
+            raise ConfigError(f"unknown {', '.join(sorted(unknown))}; settings are {', '.join(sorted(config.sample))}")
+        with config_errors("sample"):
+            config.sample.update({key: value for key, value in settings.items() if value is not None})
+        check_ranges(config)
+        return config
+
     def _plan(
         self, height: int | None, width: int | None, canvas: "Canvas | None", settings: dict[str, Any]
     ) -> tuple["Plan", float]:
@@ -222,7 +238,7 @@ class Pipeline:
         from dit_jax.diffusion.editing import first_step
         from dit_jax.drawing.plan import Plan
 
-        chosen = self._sample_config(settings).sample.to_dict()
+        chosen = self.sample_config(settings).sample.to_dict()
         scale = float(chosen.pop("guidance_scale"))
         strength = chosen.pop("strength")
         del chosen["prompts"]
@@ -241,21 +257,9 @@ class Pipeline:
             settings=tuple(chosen.items()),
         )
         self._check_size(plan)
-        config = self._sample_config(dict(plan.settings))
+        config = self.sample_config(dict(plan.settings))
         build.make_sampler(config, self._process, build.make_grid(config, self._process)[plan.first_step :])
         return plan, scale
-
-    def _sample_config(self, settings: dict[str, Any]) -> ConfigDict:
-        """The run's config with other keys of ``sample``, where they are not None."""
-        from dit_jax.build import config_errors
-
-        config = self.config.copy_and_resolve_references()
-        if unknown := set(settings) - set(config.sample):
-            raise ConfigError(f"unknown {', '.join(sorted(unknown))}; settings are {', '.join(sorted(config.sample))}")
-        with config_errors("sample"):
-            config.sample.update({key: value for key, value in settings.items() if value is not None})
-        check_ranges(config)
-        return config
 
     def _check_size(self, plan: "Plan") -> None:
         unit = self.vae.factor * self.config.model.patch_size
@@ -286,7 +290,7 @@ class Pipeline:
     def _compile(self, plan: "Plan") -> Any:
         from dit_jax.drawing.plan import compile_sampler
 
-        config = self._sample_config(dict(plan.settings))
+        config = self.sample_config(dict(plan.settings))
         return compile_sampler(plan, config, self._model, self._process, self._latents, self.vae.factor)
 
 

@@ -14,7 +14,8 @@ from dit_jax.encoders import networks, places, weights
 from dit_jax.encoders.tokenizer import FILES
 
 Kind = places.Kind | Literal["model"]  # model: an exported one, with the encoders that lie in it
-EXPORTED_ENCODERS = re.compile(r"(vae|text_encoder)/.+\.(json|txt|safetensors|msgpack)")
+EXPORTED_ENCODERS = re.compile(r"(vae|text_encoder|tokenizer)/.+\.(json|txt|safetensors|msgpack)")
+EXPORTED = ("model.safetensors", "transformer/diffusion_pytorch_model.safetensors")  # for dit_jax, and for diffusers
 ORBAX_INDEX = "orbax/_METADATA"  # names all arrays of an Orbax checkpoint
 
 Open = Callable[[str], Path]  # the local file of a name in the repository
@@ -62,8 +63,8 @@ def _export_files(names: set[str], base: str) -> list[str]:
     if "config.json" not in below:
         raise NotWhole(f"there is no {_join(base, 'config.json')}: it is no exported model")
     chosen = {name for name in below if EXPORTED_ENCODERS.fullmatch(name)}
-    if "model.safetensors" in below:
-        last = "model.safetensors"
+    if found := [name for name in EXPORTED if name in below]:
+        last = found[0]
     elif ORBAX_INDEX in below:
         last = ORBAX_INDEX
         chosen |= {name for name in below if name.startswith("orbax/")} - {last}

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from dit_jax.stored import MEANINGS
+from dit_jax.origin import MEANINGS
 from dit_jax.training.init_from import POSITIONS, transfer
 from dit_jax.training.state import init_params
 from dit_jax.trees import named_leaves
