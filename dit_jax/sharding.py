@@ -64,9 +64,9 @@ def make_mesh(devices: Sequence[jax.Device], fsdp: int = 1, tensor: int = 1) -> 
     return Mesh(np.asarray(devices).reshape(-1, fsdp, tensor), AXES)
 
 
-def abstract_mesh(fsdp: int, tensor: int) -> AbstractMesh:
+def abstract_mesh(fsdp: int, tensor: int, data: int = 1) -> AbstractMesh:
     """A mesh of devices that need not be there: with it, shardings say what would lie on one of them."""
-    return AbstractMesh((1, fsdp, tensor), AXES)
+    return AbstractMesh((data, fsdp, tensor), AXES)
 
 
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:

@@ -20,7 +20,7 @@ from tests.models.options import OPTIONS
 from tests.toy import SMALL
 
 ROOT = Path(__file__).resolve().parents[1]
-L = 2
+L, B, N = 2, 8, 6  # blocks, pictures, tokens of one
 
 
 def shapes_of(**changes):
@@ -118,11 +118,12 @@ PROGRAM = """
 import functools, json, sys
 import jax, numpy as np, optax
 from dit_jax.bench.collectives import traffic
-from dit_jax.sharding import make_mesh, put_batch
+from dit_jax.bench.shard import moves
+from dit_jax.sharding import batch_shards, make_mesh, put_batch
 from dit_jax.training.memory import compiled_bytes
 from dit_jax.training.state import abstract_state
 from dit_jax.trees import named_leaves
-from tests.test_sharding import WIDE
+from tests.test_sharding import L, N, WIDE, B
 from tests.toy import Toy
 from tests.toy_step import make_batch, make_state, make_step
 
@@ -158,6 +159,7 @@ for fsdp, tensor, changes in json.loads(sys.argv[1]):
     print(json.dumps({
         "counts": {kind: each.calls for kind, each in found.items()},
         "numbers": {kind: each.numbers for kind, each in found.items()},
+        "formula": moves(shapes.params, mesh, L, B // batch_shards(mesh) * N * WIDE["hidden_size"]),
         "shared": len(shared),
         "gathered": sum(a.addressable_data(0).size * fsdp for a in shared),
         "parameters": sum(a.size for a in jax.tree.leaves(state.params)),
@@ -203,7 +205,7 @@ def test_data_parallel_reduces_all_gradients_at_once(travelled):
 
 def test_tensor_parallel_reduces_behind_attention_and_the_mlp_both_ways(travelled):
     """4 L times the tokens of all pictures; the norm of the gradient is in one of them."""
-    found, tokens = travelled["tensor"], 8 * 6 * WIDE["hidden_size"]
+    found, tokens = travelled["tensor"], B * N * WIDE["hidden_size"]
     assert found["counts"] == {"all-reduce": 4 * L}
     assert 4 * L * tokens <= found["numbers"]["all-reduce"] < 4 * L * tokens + 100
 
@@ -222,6 +224,16 @@ def test_fsdp_gathers_every_shared_parameter_once(travelled):
 def test_where_blocks_are_computed_again_their_parameters_are_gathered_again(travelled):
     found = travelled["all three, joint, remat"]
     assert found["gathered"] < found["numbers"]["all-gather"] <= 2 * found["gathered"]
+
+
+def test_what_bench_shard_predicts_is_what_is_in_the_program(travelled):
+    """But for losses and norms."""
+    for name in ("data", "tensor", "data x tensor", "data x fsdp"):
+        gathered, gradients, tokens, gathers, sums = travelled[name]["formula"]
+        assert travelled[name]["counts"].get("all-gather", 0) == gathers
+        assert 0 <= travelled[name]["counts"]["all-reduce"] - sums <= 2
+        beside = sum(travelled[name]["numbers"].values()) - (gathered + sum(gradients) + tokens)
+        assert 0 < beside < 100, name
 
 
 def test_nothing_is_dealt_out_anew_whatever_the_model(travelled):

@@ -3,10 +3,10 @@
 The step is compiled for as many devices as asked for, none of which need be there, and its collectives are counted
 (`dit_jax.bench.collectives`). It is compiled for two depths; every block moves alike, so that two say it of all.
 
-From the bytes V of a collective over n devices follow seconds, by the usual lower bounds (Thakur et al. 2005), with
+From the bytes V of c collectives over n devices follow seconds, by the usual lower bounds (Thakur et al. 2005), with
 bandwidth b of a device in one direction and latency a:
 
-    all-gather, reduce-scatter     t = a log2(n) + (n - 1) / n V / b                                          (1)
+    all-gather, reduce-scatter     t = c a log2(n) + (n - 1) / n V / b                                        (1)
     all-reduce                     twice that                                                                 (2)
     over machines of m devices     within machines as above, and between them on V / m with their own b       (3)
 
@@ -22,18 +22,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dit_jax.bench.collectives import traffic
 from dit_jax.bench.presets import SIDE, Bench, make_bench
 from dit_jax.models.flops import PEAK_FLOPS, training_flops
-from dit_jax.sharding import batch_sharding, batch_shards, make_mesh, with_sharding
+from dit_jax.sharding import abstract_mesh, batch_sharding, batch_shards, make_mesh, with_sharding
 from dit_jax.training.memory import abstract_batch
 from dit_jax.training.state import abstract_state
 
 DEPTHS = (2, 3)  # blocks that are compiled
 MFU = 0.4  # of the peak, that computing is assumed to reach
 MACHINE = 8  # devices of one, where groups are made
+FURTHER = (8, 64, 512, 4096)  # devices, of which only the formulas speak
 
 
 class Network(NamedTuple):
@@ -68,32 +69,39 @@ class Moves(NamedTuple):
       gathered: of parameters that are shared along ``fsdp``, where they are used.
       gradients: of these, and of all others.
       tokens: that are summed up along ``tensor``.
+      gathers: how many arrays are gathered.
+      sums: of tokens.
     """
 
     gathered: int
     gradients: tuple[int, int]
     tokens: int
+    gathers: int
+    sums: int
 
 
-def moves(params: Any, mesh: Mesh, tokens: int) -> Moves:
+def moves(params: Any, mesh: Mesh | AbstractMesh, L: int, tokens: int) -> Moves:
     """By formula: every kernel of a block is gathered once; four times a block, tokens are summed up (Shoeybi 2019).
 
     Args:
       params: shapes with their shardings.
       mesh: of the devices.
-      tokens: L times B N D of one shard of the batch.
+      L: blocks.
+      tokens: B N D of one shard of the batch.
     """
-    shared = others = 0
+    shared = others = gathers = 0
     for leaf in jax.tree.leaves(params):
         numbers = math.prod(leaf.sharding.shard_shape(leaf.shape))
         if "fsdp" in leaf.sharding.spec and mesh.shape["fsdp"] > 1:
             shared += numbers * mesh.shape["fsdp"]
+            gathers += 1
         else:
             others += numbers
-    return Moves(shared, (shared, others), 4 * tokens if mesh.shape["tensor"] > 1 else 0)
+    sums = 4 * L if mesh.shape["tensor"] > 1 else 0
+    return Moves(shared, (shared, others), sums * tokens, gathers, sums)
 
 
-def seconds(moved: Moves, mesh: Mesh, itemsize: int, network: Network) -> float:
+def seconds(moved: Moves, mesh: Mesh | AbstractMesh, itemsize: int, network: Network) -> float:
     """Equations (1) to (3) for all of it."""
     axes = dict(mesh.shape)
     tensor = Group(axes["tensor"], 1)
@@ -101,10 +109,10 @@ def seconds(moved: Moves, mesh: Mesh, itemsize: int, network: Network) -> float:
     data = Group(axes["data"], tensor.size * fsdp.size)
     both = Group(data.size * fsdp.size, tensor.size)
     shared, others = (4 * numbers for numbers in moved.gradients)
-    t = gathering(itemsize * moved.gathered, fsdp, network)
-    t += gathering(shared, fsdp, network) + 2 * gathering(shared / fsdp.size, data, network)
-    t += 2 * gathering(others, both, network)
-    return t + 2 * gathering(itemsize * moved.tokens, tensor, network)
+    t = gathering(itemsize * moved.gathered, moved.gathers, fsdp, network)
+    t += gathering(shared, moved.gathers, fsdp, network) + 2 * gathering(shared / fsdp.size, 1, data, network)
+    t += 2 * gathering(others, 1, both, network)
+    return t + 2 * gathering(itemsize * moved.tokens, moved.sums, tensor, network)
 
 
 class Group(NamedTuple):
@@ -114,11 +122,11 @@ class Group(NamedTuple):
     stride: int
 
 
-def gathering(V: float, group: Group, network: Network) -> float:
-    """Seconds of an all-gather of V bytes, equations (1) and (3); of a reduce-scatter as well."""
+def gathering(V: float, calls: int, group: Group, network: Network) -> float:
+    """Seconds of all-gathers of V bytes in all, equations (1) and (3); of reduce-scatters as well."""
     inside = min(group.size, max(1, network.machine // group.stride))
     machines = group.size // inside
-    t = network.latency * math.log2(group.size) + (inside - 1) / inside * V / network.inside
+    t = calls * network.latency * math.log2(group.size) + (inside - 1) / inside * V / network.inside
     if machines > 1:
         if network.between is None:
             return math.inf
@@ -129,12 +137,10 @@ def gathering(V: float, group: Group, network: Network) -> float:
 def strategies(devices: int, heads: int) -> dict[str, tuple[int, int]]:
     """(fsdp, tensor) by name: ways to share a model with so many heads."""
     tensor = math.gcd(heads, MACHINE, devices)
-    found = {"data": (1, 1), "fsdp": (devices, 1)}
-    if devices > MACHINE:
-        found["fsdp in a machine, data"] = (MACHINE, 1)
+    found = {"data": (1, 1), "fsdp": (devices, 1), f"fsdp {MACHINE}, data": (MACHINE, 1)}
     found[f"tensor {tensor}, data"] = (1, tensor)
-    found["fsdp, tensor 2"] = (min(devices // 2, MACHINE), 2)
-    return found
+    found["fsdp 4, tensor 2, data"] = (4, 2)
+    return {name: axes for name, axes in found.items() if devices % math.prod(axes) == 0}
 
 
 def measure_sharding(preset: str, batch: int, dtype: str, devices: int) -> Iterator[tuple[str, Any]]:
@@ -174,15 +180,42 @@ def measure_sharding(preset: str, batch: int, dtype: str, devices: int) -> Itera
         ]
         said = {"strategy": name, "fsdp": fsdp, "tensor": tensor, **found, "moves": moved._asdict(), "seconds": times}
         yield "| " + " | ".join(cells) + " |", said
+    yield from further(bench, batch, itemsize, computing)
+
+
+def further(bench: Bench, batch: int, itemsize: int, computing: dict[str, float]) -> Iterator[tuple[str, Any]]:
+    """By the formulas alone, the share of a step that is computing when nothing of both is done at a time."""
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for devices in FURTHER:
+        for name, (fsdp, tensor) in strategies(devices, bench.model.num_heads).items():
+            if bench.model.hidden_size % fsdp:
+                continue
+            mesh = abstract_mesh(fsdp, tensor, devices // (fsdp * tensor))
+            moved = formula(bench, mesh, batch * devices)
+            found.setdefault(name, {})[devices] = {
+                net: computing[net] / (computing[net] + seconds(moved, mesh, itemsize, network))
+                for net, network in NETWORKS.items()
+            }
+    for net in NETWORKS:
+        yield f"\n| computing, of a step with {net} | " + " | ".join(f"{n:,} devices" for n in FURTHER) + " |", None
+        yield "|" + "---|" * (1 + len(FURTHER)), None
+        for name, by_devices in found.items():
+            shares = [f"{share:.0%}" if (share := by_devices.get(n, {}).get(net)) else "" for n in FURTHER]
+            yield "| " + " | ".join([name, *shares]) + " |", {"strategy": name, "network": net, "shares": shares}
+
+
+def formula(bench: Bench, mesh: Mesh | AbstractMesh, B: int) -> Moves:
+    """What a step on B pictures moves."""
+    model = bench.model
+    shapes = abstract_state(model, bench.step.optimizer, SIDE, SIDE, mesh)
+    N = (SIDE // model.patch_size) ** 2
+    return moves(shapes.params, mesh, model.num_layers, B // batch_shards(mesh) * N * model.hidden_size)
 
 
 def by_strategy(bench: Bench, mesh: Mesh, B: int) -> dict[str, Any]:
     """What a step moves and holds: by formula, and counted in the compiled program of a device."""
     model, optimizer = bench.model, bench.step.optimizer
-    shapes = abstract_state(model, optimizer, SIDE, SIDE, mesh)
-    N = (SIDE // model.patch_size) ** 2
-    tokens = B // batch_shards(mesh) * N * model.hidden_size
-    moved = moves(shapes.params, mesh, model.num_layers * tokens)
+    shapes, moved = abstract_state(model, optimizer, SIDE, SIDE, mesh), formula(bench, mesh, B)
     calls, numbers = [], []
     for depth in DEPTHS:
         step = dataclasses.replace(bench.step, model=model.clone(num_layers=depth, mesh=mesh))
