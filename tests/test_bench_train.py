@@ -119,6 +119,7 @@ from dit_jax.bench import __main__, ablation, attention, compiling, sample, trai
 from dit_jax.runtime import set_up
 set_up(allow_cpu=True, verbose=False)
 bench = train.make_bench("small", 2, "float32", 0.0)
+sample.build.make_sampler(bench.config, bench.step.process, sample.build.make_grid(bench.config, bench.step.process))
 import jax
 jax.eval_shape(bench.step, jax.eval_shape(lambda: bench.state(train.make_mesh(jax.devices()))), bench.batch)
 """
