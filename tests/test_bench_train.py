@@ -115,10 +115,11 @@ def test_bench_train_needs_neither_pictures_nor_encoders_nor_checkpoints():
     program = f"""
 import sys
 sys.modules.update(dict.fromkeys({UNNEEDED}))  # None: importing it is an ImportError
-from dit_jax.bench import __main__, ablation, attention, compiling, train
+from dit_jax.bench import __main__, ablation, attention, compiling, sample, train
 from dit_jax.runtime import set_up
 set_up(allow_cpu=True, verbose=False)
 bench = train.make_bench("small", 2, "float32", 0.0)
+sample.build.make_sampler(bench.config, bench.step.process, sample.build.make_grid(bench.config, bench.step.process))
 import jax
 jax.eval_shape(bench.step, jax.eval_shape(lambda: bench.state(train.make_mesh(jax.devices()))), bench.batch)
 """

@@ -5,14 +5,15 @@ python -m dit_jax.bench ablation  --preset=small [--batch=8]
 python -m dit_jax.bench compile   --preset=s2
 python -m dit_jax.bench attention --preset=b2 [--dtype=bfloat16]
 python -m dit_jax.bench shard     --preset=xl2 --devices=64 [--batch=32]
+python -m dit_jax.bench sample    --preset=small [--batch=64] [--steps=20] [--ref=torch]
 
 python -m dit_jax.bench memory --config=configs/small.py [--config.key=value ...]
 python -m dit_jax.bench data   --config=configs/small.py [--config.data.source=cache:FOLDER]
 python -m dit_jax.bench sampling --config=configs/small.py [--config.sample.grid=trailing]
 python -m dit_jax.bench sampling --model=runs/quickstart [--count=1000]
 
-The first five measure the train step on made-up latents; they need jax, flax, optax and ml_collections alone, and
-torch to compare with it.
+The first six measure the train step and the sampler on made-up latents; they need jax, flax, optax and ml_collections
+alone, and torch to compare with it.
 """
 
 import argparse
@@ -31,6 +32,7 @@ OF_PRESETS = {
     "compile": "seconds and instructions of the train step, where nothing is cached and where it is",
     "attention": "the ways to compute it",
     "shard": "what the train step moves between devices that need not be there, by the way that they share it",
+    "sample": "latency and images/s of the guided sampler",
 }
 PRESETS = ("small", "s2", "b2", "l2", "xl2")
 DTYPES = ("float32", "bfloat16")
@@ -59,8 +61,10 @@ def _measure_preset(argv: Sequence[str]) -> None:
         parser.add_argument("--devices", type=_positive, default=8, help="how many share the step; default: 8")
     elif what != "compile":
         parser.add_argument("--rounds", type=_positive, default=ROUNDS, help="how often each candidate is timed")
-    if what == "train":
-        parser.add_argument("--ref", choices=["torch"], help="take the same step with PyTorch, and compare")
+    if what == "sample":
+        parser.add_argument("--steps", type=_positive, default=20, help="of the sampler; default: 20")
+    if what in ("train", "sample"):
+        parser.add_argument("--ref", choices=["torch"], help="do the same with PyTorch, and compare")
     parser.add_argument("--json", type=path_of, metavar="FILE", help="write what is measured as JSON too")
     add_flags(parser)
     args = parser.parse_args(argv[1:])
@@ -93,6 +97,10 @@ def _lines(what: str, args: argparse.Namespace, batch: int) -> Iterator[tuple[st
         from dit_jax.bench.shard import measure_sharding
 
         return measure_sharding(args.preset, batch, args.dtype, args.devices)
+    if what == "sample":
+        from dit_jax.bench.sample import measure_sampling
+
+        return measure_sampling(args.preset, args.batch, args.dtype, args.steps, args.rounds, args.ref == "torch")
     from dit_jax.bench.attention import measure_attention
 
     return measure_attention(args.preset, batch, args.dtype, args.rounds)

@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax import build
 from dit_jax.arrays import TextStates
 from dit_jax.bench import reference
-from dit_jax.bench.presets import Bench
+from dit_jax.bench.presets import LATENT_SCALE, Bench
 
 # Most of the relative errors, by compute dtype: float32 differs in the order of sums alone.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+# The same of latents at the end of a run, where every step added to what the one before was off by.
+LATENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-1}
 
 
 class Agreement(NamedTuple):
@@ -47,3 +50,20 @@ def agree(bench: Bench, params: Any) -> Agreement:
     most = TOLERANCE[bench.config.dtype]
     assert max(found) <= most, f"torch computes something else: relative errors {found}, at most {most} expected"
     return found
+
+
+def agree_on_latents(bench: Bench, start: jax.Array, ours: np.ndarray, theirs: np.ndarray) -> float:
+    """How far the latents ``[B, h, w, C]`` that torch drew are from ours, relative to what the network did, by norms.
+
+    What it did is what they differ in from those of a network that sees no noise anywhere: those are the start,
+    divided by alpha there, which is large, and would hide a difference.
+
+    Raises:
+      AssertionError: further than rounding explains.
+    """
+    alpha = bench.step.process.schedule.alpha(build.make_grid(bench.config, bench.step.process)[0])
+    unseen = np.asarray(start) / (float(alpha) * LATENT_SCALE)
+    error = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs - unseen))
+    most = LATENT_TOLERANCE[jnp.dtype(bench.model.dtype).name]
+    assert error <= most, f"torch draws something else: relative error {error:.1e} of latents, at most {most} expected"
+    return error

@@ -32,7 +32,7 @@ class Compiled(NamedTuple):
 
 def compile_twice(step: TrainStep, state: Any, batch: Any) -> Compiled:
     """Compile a step into an empty cache, forget it, and find it there again."""
-    with _empty_cache():
+    with empty_cache():
         program, cold = _compile(step, state, batch)
         _, warm = _compile(step, state, batch)
     return Compiled(program, cold, warm, program.as_text().count(" = "))
@@ -57,7 +57,7 @@ def _compile(step: TrainStep, state: Any, batch: Any) -> tuple[jax.stages.Compil
 
 
 @contextlib.contextmanager
-def _empty_cache() -> Iterator[None]:
+def empty_cache() -> Iterator[None]:
     """A persistent cache of its own that keeps everything."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = [(name, getattr(jax.config, name)) for name in names]

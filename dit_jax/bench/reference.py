@@ -1,8 +1,9 @@
-"""The same train step in PyTorch: the DiT of ``assets/torch/dit.py`` with our parameters, and all that is around it.
+"""The same train step and the same sampler in PyTorch: the DiT of ``assets/torch/dit.py`` with our parameters, and all
+that is around it.
 
 Posterior sample, times, noise, caption dropout, loss, backward pass, clipping, AdamW (one fused kernel) and the moving
 average (multi-tensor kernels): as `dit_jax.training.step` does it, in the form that PyTorch is fastest at. Compiled, it
-is the network that goes through ``torch.compile``, as its users do it.
+is the network that goes through ``torch.compile``, as its users do it. The sampler is their loop over the steps.
 """
 
 import importlib.util
@@ -13,9 +14,12 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import dit_jax
+from dit_jax import build
+from dit_jax.arrays import TextStates
 from dit_jax.bench.presets import LATENT_SCALE, Bench
 from dit_jax.errors import ConfigError
 from dit_jax.models.dit import DiT
@@ -43,6 +47,11 @@ def to_torch(array: Any) -> Any:
 
     array = np.asarray(array)
     return torch.tensor(array.astype(np.float32) if array.dtype.name == "bfloat16" else array)
+
+
+def channels_last(tensor: Any) -> np.ndarray:
+    """Latents ``[B, C, h, w]`` as we have them."""
+    return np.moveaxis(tensor.cpu().numpy(), 1, -1)
 
 
 def channels_first(array: Any) -> np.ndarray:
@@ -154,4 +163,56 @@ def output_and_gradient_norm(bench: Bench, params: Any, inputs: tuple[Any, ...],
         out = model(*tensors)
     torch.nn.functional.mse_loss(out, to_torch(channels_first(target)).to(device())).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    return jax.device_get(np.moveaxis(out.detach().cpu().numpy(), 1, -1)), float(norm)
+    return jax.device_get(channels_last(out.detach())), float(norm)
+
+
+def make_sampler(
+    bench: Bench, params: Any, start: jax.Array, text: TextStates, guidance_scale: float, way: str
+) -> Callable[[], Any]:
+    """Raw latents ``[B, C, h, w]`` by the guided steps of DDIM without fresh noise; calling it runs them all and waits.
+
+    Args:
+      bench: whose model, process and grid.
+      params: ours.
+      start: the noise to start from, ``[B, h, w, C]``.
+      text: of B captions; guided away from is the null caption.
+      guidance_scale: above 1.
+      way: ``eager``, or ``compile``: the network goes through ``torch.compile``.
+    """
+    import torch
+
+    dtype = torch.bfloat16 if bench.model.dtype == jnp.bfloat16 else torch.float32
+    model = make_model(bench.model, params).eval().to(dtype)
+    network = torch.compile(model, dynamic=False) if way == "compile" else model
+    process, (B, *_, C) = bench.step.process, start.shape
+    assert process.prediction == "epsilon"
+    grid = build.make_grid(bench.config, process)
+    alphas, sigmas = (np.asarray(of(grid)).tolist() for of in (process.schedule.alpha, process.schedule.sigma))
+    with torch.inference_mode():
+        times = to_torch(grid).to(device())[:, None].repeat(1, 2 * B)
+        noise = to_torch(channels_first(start)).to(device())
+        both = [
+            torch.cat([to_torch(given).to(device()).to(null.dtype), null])
+            for given, null in zip(text, model.null_text(B), strict=True)
+        ]
+
+    @torch.inference_mode()
+    def sample() -> Any:
+        x = noise
+        for k in range(len(grid) - 1):
+            conditional, null = network(torch.cat([x, x]), times[k], *both)[:, :C].chunk(2)
+            epsilon = null + guidance_scale * (conditional - null)
+            x0 = (x - sigmas[k] * epsilon) / alphas[k]
+            x = alphas[k + 1] * x0 + sigmas[k + 1] * epsilon
+        if device() == "cuda":
+            torch.cuda.synchronize()
+        return x / LATENT_SCALE
+
+    return sample
+
+
+def cannot_compile() -> type[Exception]:
+    """What ``torch.compile`` raises where there is no compiler for it."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return TorchDynamoException
