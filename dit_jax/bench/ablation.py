@@ -41,13 +41,6 @@ def plain_layer_norm(x: Array, dtype: jnp.dtype) -> Array:
     return ((x - mean) * jax.lax.rsqrt(variance + layers.EPS)).astype(dtype)
 
 
-def transposed_heads(x: Array, parts: int, num_heads: int) -> Array:
-    """One transpose of all parts."""
-    B, N, width = x.shape
-    x = x.reshape(B, N, parts, num_heads, width // (parts * num_heads))
-    return x.transpose(2, 0, 3, 1, 4)
-
-
 def library_attention(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     """JAX's own, on tokens before heads."""
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
@@ -57,12 +50,11 @@ def library_attention(q: Array, k: Array, v: Array, mask: Array | None) -> Array
 
 def project_tokens(x: Array, kernel: Array) -> Array:
     """A product of ``[B, N, D]``, whose weight gradient sums over two axes."""
-    return x @ kernel
+    return jnp.tensordot(x, kernel, 1)
 
 
 CHOICES = (
     Choice("layer norm with a gradient of its own", layers, "layer_norm", plain_layer_norm),
-    Choice("queries, keys and values split before the heads", layers, "split_heads", transposed_heads),
     Choice("attention by plain products on [B, H, N, K]", blocks, "attend", library_attention),
     Choice("linear maps of [B * N, D]", embeddings, "project", project_tokens),
 )

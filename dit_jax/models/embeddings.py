@@ -31,9 +31,10 @@ def spread(x: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
 
 
 def project(x: Array, kernel: Array) -> Array:
-    """A linear map, ``[..., D]`` and ``[D, features]`` -> ``[..., features]``."""
+    """Linear maps: ``[..., D]`` and ``[D, features]``, or ``[D, parts, features]``, -> ``[..., (parts,) features]``."""
     # XLA for CPU is several times slower at the weight gradient of [B, N, D] than at that of [B * N, D]
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+    flat = jnp.tensordot(x.reshape(-1, x.shape[-1]), kernel, 1)
+    return flat.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
 class Dense(nn.Module):
@@ -68,12 +69,12 @@ class FusedDense(nn.Module):
         def init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
             return self.kernel_init(key, (shape[0], math.prod(shape[1:])), dtype).reshape(shape)
 
-        D, columns = x.shape[-1], (self.parts, self.features)
-        kernel = self.param("kernel", init, (D, *columns), jnp.float32)
+        columns = (self.parts, self.features)
+        kernel = self.param("kernel", init, (x.shape[-1], *columns), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), columns, jnp.float32)
-        flat = jnp.einsum("md,dpf->mpf", x.astype(self.dtype).reshape(-1, D), kernel.astype(self.dtype))
-        y = flat + spread(bias, flat.shape, self.dtype)
-        return [part.reshape(*x.shape[:-1], self.features) for part in jnp.split(y, self.parts, axis=1)]
+        y = project(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = y + spread(bias, y.shape, self.dtype)
+        return [part.squeeze(-2) for part in jnp.split(y, self.parts, axis=-2)]
 
 
 def patchify(latents: Array, patch_size: int) -> Array:
