@@ -127,7 +127,6 @@ def train(
 
     with reported(report), status, checkpoints.room(), closing(checkpoints):
         shapes = abstract_state(parts.model, parts.optimizer, parts.side, parts.side, parts.mesh)
-        report.about = describe(parts, count_parameters(shapes.params))
         saves = [step for step in range(start + 1, stop + 1) if step == stop or is_multiple(step, config.save_every)]
         keeps = config.keep_latest, config.keep_every, config.keep_best
         for note in parts.notes + check_room(checkpoints.directory, shapes, saves, *keeps):
@@ -182,6 +181,7 @@ def take_steps(
     if processes.is_first():
         with writable(workdir.folder):
             write_whole(workdir.folder / "config.json", to_json(config))
+    report.about = describe(parts, count_parameters(state.params))  # with what was measured of the latents
     step_function = build.make_step(config, parts.model, parts.process, parts.optimizer, parts.learning_rate)
     flops = training_flops(parts.model, parts.side, parts.side)
 
