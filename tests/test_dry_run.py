@@ -52,6 +52,7 @@ def test_the_parts_of_the_memory_add_up(capsys, optimizer):
     assert rows["activations"][1] == pytest.approx(128 * rows["activations"][0], rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [

@@ -85,6 +85,7 @@ def test_raw_pictures_of_any_kind_and_their_cache_give_the_same_losses(kind, pla
     assert len(set(np.round(expected, 4))) > 2  # they are those of different batches
 
 
+@pytest.mark.slow
 def test_buckets_bad_records_several_captions_and_a_validation_part_survive_the_cache(tmp_path, capsys):
     source = draw_noise(tmp_path / "pictures", [WIDE, TALL, SQUARE] * 10, bad=(3, 7))
     changes = {
@@ -167,6 +168,7 @@ def killed_and_finished(output, kills):
     return output
 
 
+@pytest.mark.slow
 def test_a_cache_that_was_killed_ten_times_is_the_same_byte_for_byte(tmp_path):
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     subprocess.run(command(whole, "--records_per_file=2"), check=True, stdout=subprocess.DEVNULL)

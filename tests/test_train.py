@@ -62,6 +62,7 @@ def test_a_run_stopped_at_9_and_resumed_in_another_process_is_the_same_run(tiny_
     assert steps == [1, 3, 6, 9, 12, 15, 18, 20]
 
 
+@pytest.mark.slow
 def test_slices_of_batches_and_workers_change_nothing_of_that(tmp_path):
     """Also where the data are encoded at every step, and the run ends in the middle of an epoch."""
     changes = {"accumulate": "2", "data__encode": "every_step", "data__workers": "2", "total_steps": "8"}
