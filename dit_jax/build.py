@@ -22,7 +22,7 @@ from dit_jax.resolve import choose
 
 if TYPE_CHECKING:
     import optax
-    from jax.sharding import Mesh
+    from jax.sharding import AbstractMesh, Mesh
 
     from dit_jax.data.bad_records import BadRecords
     from dit_jax.data.cache.gather import Cache
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from dit_jax.encoders import VAE, TextEncoder, TextShape, VAEShape
     from dit_jax.encoders.latents import LatentScale
     from dit_jax.models.dit import DiT
+    from dit_jax.training.state import TrainState
     from dit_jax.training.step import TrainStep
     from dit_jax.training.validation import Validation
 
@@ -197,6 +198,16 @@ def make_model(config: ConfigDict, dtype: jnp.dtype, mesh: "Mesh | None" = None)
     if config.model.num_heads % config.mesh.tensor:
         raise ConfigError(f"mesh.tensor is {config.mesh.tensor}; it must divide model.num_heads {model.num_heads}")
     return model
+
+
+def describe_state(
+    config: ConfigDict, model: "DiT", optimizer: "optax.GradientTransformation", side: int, mesh: "Mesh | AbstractMesh"
+) -> "TrainState":
+    """The state of a run in shapes alone, as it lies on the mesh; ``side`` is that of the latents."""
+    from dit_jax.training.state import abstract_state
+
+    with config_errors(f"mesh.fsdp={config.mesh.fsdp}, mesh.tensor={config.mesh.tensor}"):
+        return abstract_state(model, optimizer, side, side, mesh)
 
 
 def make_process(config: ConfigDict) -> "Process":

@@ -32,7 +32,7 @@ from dit_jax.resolve import resolve
 from dit_jax.sharding import abstract_mesh, batch_sharding, batch_shards, with_sharding
 from dit_jax.training.memory import Activations, abstract_batch, compiled_bytes, predict_activations
 from dit_jax.training.progress import duration
-from dit_jax.training.state import TrainState, abstract_state, init_state
+from dit_jax.training.state import TrainState, init_state
 from dit_jax.training.step import TrainStep
 from dit_jax.trees import named_leaves
 
@@ -94,7 +94,7 @@ def make_plan(config: ConfigDict, dtype: DTypeLike, vae: "VAEShape", mesh: Mesh 
     here = mesh if isinstance(mesh, Mesh) else None
     model, process = build.make_model(config, dtype, here), build.make_process(config)
     optimizer, learning_rate = build.make_optimizer(config)
-    state = abstract_state(model, optimizer, side, side, mesh)
+    state = build.describe_state(config, model, optimizer, side, mesh)
     if not config.latents.scale:  # measured in training; any will do here
         config.latents.shift, config.latents.scale = (0.0,) * vae.channels, (1.0,) * vae.channels
     return Plan(build.make_step(config, model, process, optimizer, learning_rate), state, side)

@@ -23,6 +23,7 @@ from dit_jax.models.dit import DiT
 from dit_jax.resolve import resolve
 from dit_jax.runtime import DETERMINISTIC, git_commit
 from dit_jax.sharding import batch_shards
+from dit_jax.training.state import TrainState
 from dit_jax.workdir import Workdir
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")  # whose versions are told and saved
@@ -43,6 +44,7 @@ class Parts(NamedTuple):
     process: Process
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
+    shapes: TrainState  # of the state, with shardings
     identity: dict[str, str]  # hashes of what a run may not change
     notes: list[str]  # warnings
 
@@ -87,6 +89,7 @@ def gather(config: ConfigDict, workdir: Workdir) -> Parts:
         process=process,
         optimizer=optimizer,
         learning_rate=learning_rate,
+        shapes=build.describe_state(config, model, optimizer, config.data.image_size // vae.factor, mesh),
         identity=identity,
         notes=notes,
     )

@@ -50,7 +50,7 @@ from dit_jax.training.loop import Duty, Loop, is_multiple
 from dit_jax.training.progress import Beginning, Progress
 from dit_jax.training.room import check_room
 from dit_jax.training.saved_steps import ITEMS, newest_whole, restore_metadata, set_aside
-from dit_jax.training.state import TrainState, abstract_state, init_state
+from dit_jax.training.state import TrainState, init_state
 from dit_jax.training.status import Status, read_status
 from dit_jax.training.step import TrainStep
 from dit_jax.training.stop import Stop
@@ -126,12 +126,11 @@ def train(
         return None
 
     with reported(report), status, checkpoints.room(), closing(checkpoints):
-        shapes = abstract_state(parts.model, parts.optimizer, parts.side, parts.side, parts.mesh)
         saves = [step for step in range(start + 1, stop + 1) if step == stop or is_multiple(step, config.save_every)]
         keeps = config.keep_latest, config.keep_every, config.keep_best
-        for note in parts.notes + check_room(checkpoints.directory, shapes, saves, *keeps):
+        for note in parts.notes + check_room(checkpoints.directory, parts.shapes, saves, *keeps):
             say(f"warning: {note}")
-        state = checkpoints.restore(start, shapes) if start else begin(parts)
+        state = checkpoints.restore(start, parts.shapes) if start else begin(parts)
         beginning.done("restore" if start else "init")
         steps = range(start + 1, stop + 1)
         state = take_steps(parts, duties, checkpoints, status, report, state, steps, deadline, watch, beginning)

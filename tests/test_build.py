@@ -14,6 +14,7 @@ from dit_jax.config import load_config
 from dit_jax.encoders import TextShape, VAEShape
 from dit_jax.errors import ConfigError
 from dit_jax.resolve import resolve
+from dit_jax.sharding import abstract_mesh
 from tests.noise_pictures import SQUARE, draw_noise
 from tests.tiny_run import tiny_config
 
@@ -137,3 +138,12 @@ def test_a_set_aside_caption_decides_on_mirror_images_too(tmp_path):
         order = build.make_order(config, training, np.zeros(len(training), np.uint8))
         samples = build.make_samples(config, training, order, shapes)
         assert samples.flip == build.choose_flip(config, everything) == flip
+
+
+def test_a_model_that_does_not_go_into_the_mesh_ends_in_one_line():
+    """Before anything is written: the state is described where a run is gathered."""
+    config = tiny_config(mesh__fsdp="3")
+    config.model.update(text_length=5, text_width=7, pooled_width=6)
+    model, (optimizer, _) = build.make_model(config, jnp.float32), build.make_optimizer(config)
+    with pytest.raises(ConfigError, match=r"mesh.fsdp=3, mesh.tensor=1: fsdp is 3, and does not divide"):
+        build.describe_state(config, model, optimizer, 8, abstract_mesh(3, 1))

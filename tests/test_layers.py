@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "runtime": LEAVES,  # how programs start
     "ending": LEAVES,  # and how they end
     "workdir": LEAVES,  # where a run lies
-    "parts": LEAVES | {"data", "diffusion", "encoders", "models", "build", "resolve", "runtime", "workdir"},
+    "parts": LEAVES | LIBRARIES | {"training", "build", "resolve", "runtime", "workdir"},
     "duties": LEAVES | {"training", "metrics", "drawing", "workdir", "config"},  # what a run does beside its steps
     **{program: BELOW_PROGRAMS | {"sample"} for program in PROGRAMS},
     "train": BELOW_PROGRAMS | {"evaluate"},
