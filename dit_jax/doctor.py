@@ -10,7 +10,6 @@ of a run, oldest first, with the loss and the validation error that were written
 there is one. Nothing is changed.
 """
 
-import argparse
 import importlib.metadata
 import os
 import platform
@@ -25,7 +24,7 @@ import dit_jax
 from dit_jax.ending import run_program
 from dit_jax.errors import CheckpointError
 from dit_jax.files import read_rows
-from dit_jax.runtime import compile_cache, git_commit, nvidia_driver, overlooked_gpu, quiet_libraries
+from dit_jax.runtime import compile_cache, git_commit, nvidia_driver, overlooked_gpu, program_parser, quiet_libraries
 from dit_jax.stores import files_of, folder_of, reach
 from dit_jax.training.saved_steps import CORRUPT, ITEMS, steps_of, verify
 from dit_jax.workdir import CHECKPOINTS
@@ -36,7 +35,7 @@ MIB, GIB = 2**20, 2**30
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The program's flags."""
-    parser = argparse.ArgumentParser(prog="python -m dit_jax.doctor", description=__doc__.split("\n")[0])
+    parser = program_parser("doctor", __doc__)
     parser.add_argument("--list", metavar="WORKDIR", help="the checkpoints of a run, oldest first")
     parser.add_argument("--verify", metavar="WORKDIR", help="hash them all; exit code 5: one is damaged")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")

@@ -1,6 +1,6 @@
 """Scores a trained model.
 
-    python -m dit_jax.evaluate --model=runs/quickstart --metric=shapes [--full]
+    python -m dit_jax.evaluate --model=runs/quickstart --metric=shapes --full
     python -m dit_jax.evaluate --model=runs/emoji --metric=nearest
     python -m dit_jax.evaluate --model=runs/mine --metric=validation
 
@@ -35,7 +35,7 @@ from dit_jax.drawing.pictures import make_grid, save_png
 from dit_jax.drawing.pipeline import Pipeline
 from dit_jax.ending import run_program, writable
 from dit_jax.errors import CheckpointError, ConfigError
-from dit_jax.runtime import add_flags, path_of, set_up
+from dit_jax.runtime import add_flags, path_of, program_parser, set_up
 from dit_jax.sample import add_model_flags
 from dit_jax.workdir import Workdir
 
@@ -181,7 +181,7 @@ SCORED: dict[str, Callable[[Pipeline, argparse.Namespace], tuple[Scores, Image.I
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The program's flags."""
-    parser = argparse.ArgumentParser(prog="python -m dit_jax.evaluate", description="Score a trained model.")
+    parser = program_parser("evaluate", __doc__)
     add_model_flags(parser)
     parser.add_argument("--metric", choices=SCORED, default="shapes")
     parser.add_argument("--full", action="store_true", help=f"shapes: {FULL} prompts of each class, not {QUICK}")

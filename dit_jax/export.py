@@ -1,6 +1,6 @@
-"""Takes a trained model out of its run: one folder with the parameters and all that is needed to draw with them.
+"""Takes a trained model out of its run, into one folder that has all that is needed to draw with it.
 
-    python -m dit_jax.export --model=runs/quickstart [--format=orbax] [--dtype=bfloat16] [--output=DIR]
+    python -m dit_jax.export --model=runs/quickstart --dtype=bfloat16 --output=exports/quickstart
     python -m dit_jax.sample --model=exports/quickstart --prompt="a small red circle"
 
     python -m dit_jax.export --model=runs/quickstart --format=diffusers --output=exports/for_torch
@@ -24,7 +24,7 @@ from dit_jax.config import FORMATS
 from dit_jax.drawing.pipeline import Pipeline
 from dit_jax.ending import run_program, writable
 from dit_jax.errors import ConfigError
-from dit_jax.runtime import add_flags, path_of, set_up
+from dit_jax.runtime import add_flags, path_of, program_parser, set_up
 from dit_jax.sample import add_model_flags, add_settings_flags, settings_of
 
 DTYPES = ("float32", "bfloat16")
@@ -78,7 +78,7 @@ def export(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The program's flags."""
-    parser = argparse.ArgumentParser(prog="python -m dit_jax.export", description="Export a trained model.")
+    parser = program_parser("export", __doc__)
     add_model_flags(parser)
     parser.add_argument("--output", type=path_of, help="the folder to make; default: exports/<name of the model>")
     parser.add_argument(

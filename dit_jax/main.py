@@ -1,10 +1,13 @@
-"""Trains: ``python -m dit_jax.main --config=configs/small.py [--workdir=DIR] [--config.key=value ...]``.
+"""Trains a model; the same command again goes on where it stopped.
 
-The same command again goes on where the last checkpoint ends. With ``--dry_run`` it says what the run would be and
-need, and trains nothing.
+    python -m dit_jax.main --config=configs/quickstart.py
+    python -m dit_jax.main --config=configs/small.py --workdir=runs/mine --config.batch_size=32
+    python -m dit_jax.main --config=configs/small.py --dry_run --device=4090
+    python -m dit_jax.main --config=configs/xl.py --coordinator=auto --workdir=/shared/runs/xl
+
+With ``--dry_run`` it says what the run would be and need, and trains nothing.
 """
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
@@ -16,19 +19,13 @@ from dit_jax.config import is_export, load_config
 from dit_jax.ending import run_program
 from dit_jax.errors import ConfigError
 from dit_jax.processes import ANYWHERE, Place
-from dit_jax.runtime import add_flags, begun, read_overrides, set_up
+from dit_jax.runtime import EVERY_KEY, add_flags, begun, program_parser, read_overrides, set_up
 from dit_jax.stores import folder_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Flags, and one call to `dit_jax.train.run`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dit_jax.main",
-        description="Train a model; the same command again resumes.",
-        epilog="Any key of the config can be set: --config.batch_size=32 --config.model.num_layers=12."
-        " configs/default.py lists all keys.",
-        allow_abbrev=False,
-    )
+    parser = program_parser("main", __doc__, EVERY_KEY, allow_abbrev=False)
     parser.add_argument("--config", required=True, help="FILE.py, FILE.py:key=value,key=value or a run's config.json")
     parser.add_argument(
         "--workdir",

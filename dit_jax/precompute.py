@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from dit_jax.config import load_config
 from dit_jax.ending import run_program, writable
 from dit_jax.errors import ConfigError, DataError, WorkdirError
-from dit_jax.runtime import add_flags, path_of, read_overrides, set_up
+from dit_jax.runtime import EVERY_KEY, add_flags, path_of, program_parser, read_overrides, set_up
 
 if TYPE_CHECKING:
     from dit_jax.data.cache.gather import Cache
@@ -314,12 +314,7 @@ def say(line: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The program's flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dit_jax.precompute",
-        description="Encode a data set once, for any number of runs; the same command again goes on.",
-        epilog="Any key of the config can be set: --config.data.source=folder:PATH. configs/default.py lists all keys.",
-        allow_abbrev=False,
-    )
+    parser = program_parser("precompute", __doc__, EVERY_KEY, allow_abbrev=False)
     parser.add_argument(
         "--config", help=f"FILE.py, FILE.py:key=value,key=value or a run's config.json; to inspect, {ALL_KEYS}"
     )

@@ -19,7 +19,21 @@ from dit_jax.errors import ConfigError
 from dit_jax.processes import Place
 
 IMPORTED = time.monotonic()
+EVERY_KEY = "Any key of the config can be set, as --config.model.num_layers=12; configs/default.py lists them all."
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+
+
+def program_parser(program: str, doc: str, epilog: str = "", **options: Any) -> argparse.ArgumentParser:
+    """Of a program, by the docstring of its module: the first line says what it does, its commands are the examples."""
+    commands = [line.strip() for line in doc.splitlines() if line.startswith("    python ")]
+    examples = "\n".join(["examples:", *(f"  {command}" for command in commands)]) if commands else ""
+    return argparse.ArgumentParser(
+        prog=f"python -m dit_jax.{program}",
+        description=doc.split("\n")[0],
+        epilog="\n\n".join(filter(None, [epilog, examples])),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **options,
+    )
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,8 @@
 """Draws pictures from prompts.
 
     python -m dit_jax.sample --model=runs/quickstart --prompt="a small red circle" --num_images=4 --output=pictures
+    python -m dit_jax.sample --model=runs/quickstart --prompts_file=prompts.txt --sampler=heun --steps=20
+    python -m dit_jax.sample --model=runs/quickstart --prompt="a blue square" --init_image=circle.png --strength=0.6
 
 Pictures are drawn and written batch by batch; the same command goes on where it was stopped. `Pipeline`, which a
 notebook uses, is here by a stable name.
@@ -17,21 +19,22 @@ from dit_jax.drawing.pipeline import Pipeline, check_seeds, spread_seeds
 from dit_jax.ending import run_program, writable
 from dit_jax.errors import ConfigError
 from dit_jax.files import parse_json
-from dit_jax.runtime import add_flags, path_of, set_up
+from dit_jax.runtime import add_flags, path_of, program_parser, set_up
 
 __all__ = ["Pipeline", "add_model_flags", "add_settings_flags", "main", "make_grid", "read_prompts", "settings_of"]
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `Pipeline.load`, for every program that begins with a trained model."""
-    parser.add_argument(
+    model = parser.add_argument_group("the trained model")
+    model.add_argument(
         "--model",
         "--workdir",
         required=True,
         help="folder of a run or an export, gs://bucket/run, or an export's hub id",
     )
-    parser.add_argument("--ema", choices=("ema", "raw"), help="averaged (default) or last parameters")
-    parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+    model.add_argument("--ema", choices=("ema", "raw"), help="averaged (default) or last parameters")
+    model.add_argument("--step", type=int, help="which checkpoint; default: the newest")
 
 
 def add_settings_flags(parser: argparse._ActionsContainer) -> None:
@@ -61,25 +64,27 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The program's flags."""
-    parser = argparse.ArgumentParser(prog="python -m dit_jax.sample", description=__doc__.split("\n")[0])
+    parser = program_parser("sample", __doc__)
     add_model_flags(parser)
-    parser.add_argument("--prompt", action="append", default=[], help="may be given more than once")
-    parser.add_argument("--prompts_file", type=path_of, help="one prompt a line; .jsonl: rows of prompt and seed")
-    parser.add_argument("--num_images", type=int, default=1, help="per prompt")
-    parser.add_argument(
+    pictures = parser.add_argument_group("which pictures")
+    pictures.add_argument("--prompt", action="append", default=[], help="may be given more than once")
+    pictures.add_argument("--prompts_file", type=path_of, help="one prompt a line; .jsonl: rows of prompt and seed")
+    pictures.add_argument("--negative_prompt", help="default: the learned null caption")
+    pictures.add_argument("--long_prompt", choices=("truncate", "error", "chunk"), default="truncate")
+    pictures.add_argument("--num_images", type=int, default=1, help="per prompt")
+    pictures.add_argument(
         "--seed", type=int, nargs="+", default=[0], help="one: picture i has seed + i; or one for every picture"
     )
-    add_settings_flags(parser)
-    parser.add_argument("--negative_prompt", help="default: the learned null caption")
-    parser.add_argument("--height", type=int, help="pixels; default: the run's")
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--long_prompt", choices=("truncate", "error", "chunk"), default="truncate")
-    parser.add_argument("--init_image", type=path_of, help="a picture to start from")
-    parser.add_argument(
+    pictures.add_argument("--height", type=int, help="pixels; default: the run's")
+    pictures.add_argument("--width", type=int, help="pixels; default: the run's")
+    pictures.add_argument("--output", type=path_of, default=Path("pictures"), help="folder of PNG files, or x.npz")
+    add_settings_flags(parser.add_argument_group("how they are drawn"))
+    begin = parser.add_argument_group("from a picture that is there")
+    begin.add_argument("--init_image", type=path_of, help="a picture to start from")
+    begin.add_argument(
         "--strength", type=float, help="0 keeps it .. 1 starts from noise; default: the run's, and 1 with --mask"
     )
-    parser.add_argument("--mask", type=path_of, help="of --init_image: white is drawn anew, black is kept")
-    parser.add_argument("--output", type=path_of, default=Path("pictures"), help="folder of PNG files, or x.npz")
+    begin.add_argument("--mask", type=path_of, help="of --init_image: white is drawn anew, black is kept")
     add_flags(parser)
     args = parser.parse_args(argv)
     run_program(

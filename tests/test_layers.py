@@ -23,7 +23,6 @@ ROOMS = {"training", "metrics"}  # layer 2
 # layer 4
 PROGRAMS = {
     *("sample", "evaluate", "train", "dry_run", "precompute", "export", "serve", "doctor", "bench", "report"),
-    "__main__",
 }
 # layer 3
 MIDDLE = {
@@ -56,6 +55,7 @@ MAY_IMPORT = {
     "duties": LEAVES | {"training", "metrics", "drawing", "workdir", "config"},  # what a run does beside its steps
     **{program: BELOW_PROGRAMS | {"sample"} for program in PROGRAMS},
     "train": BELOW_PROGRAMS | {"evaluate"},
+    "__main__": set(),  # lists the programs, and imports none
     "main": PROGRAMS | {"config", "runtime", "ending", "errors", "processes", "stores"},
 }
 
@@ -171,7 +171,7 @@ def test_help_of_a_program_does_not_wait_for_jax():
     """Nor for anything that is as slow to import."""
     program = """
 import contextlib, importlib, sys
-for name in ("main", "sample", "evaluate", "precompute", "export", "doctor", "bench.__main__"):
+for name in ("main", "sample", "evaluate", "precompute", "export", "report", "doctor", "bench.__main__"):
     with contextlib.suppress(SystemExit):
         importlib.import_module(f"dit_jax.{name}").main(["--help"])
     slow = {"jax", "flax", "optax", "orbax", "transformers", "scipy", "tensorboardX"} & sys.modules.keys()
@@ -179,4 +179,4 @@ for name in ("main", "sample", "evaluate", "precompute", "export", "doctor", "be
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("usage: python -m dit_jax.") == 7
+    assert done.stdout.count("usage: python -m dit_jax.") == 8

@@ -1,16 +1,16 @@
-"""The benchmarks as a program.
+"""Measures speed, memory, data and samplers, beside PyTorch where it is there.
 
-python -m dit_jax.bench train     --preset=small [--batch=8] [--dtype=float32] [--ref=torch] [--json=FILE]
-python -m dit_jax.bench ablation  --preset=small [--batch=8]
-python -m dit_jax.bench compile   --preset=s2
-python -m dit_jax.bench attention --preset=b2 [--dtype=bfloat16]
-python -m dit_jax.bench shard     --preset=xl2 --devices=64 [--batch=32]
-python -m dit_jax.bench sample    --preset=small [--batch=64] [--steps=20] [--ref=torch]
+    python -m dit_jax.bench train     --preset=small --ref=torch --json=train.json
+    python -m dit_jax.bench ablation  --preset=small --batch=8
+    python -m dit_jax.bench compile   --preset=s2
+    python -m dit_jax.bench attention --preset=b2 --dtype=bfloat16
+    python -m dit_jax.bench shard     --preset=xl2 --devices=64 --batch=32
+    python -m dit_jax.bench sample    --preset=small --steps=20 --ref=torch
 
-python -m dit_jax.bench memory --config=configs/small.py [--config.key=value ...]
-python -m dit_jax.bench data   --config=configs/small.py [--config.data.source=cache:FOLDER]
-python -m dit_jax.bench sampling --config=configs/small.py [--config.sample.grid=trailing]
-python -m dit_jax.bench sampling --model=runs/quickstart [--count=1000]
+    python -m dit_jax.bench memory    --config=configs/small.py --config.model.remat=dots
+    python -m dit_jax.bench data      --config=configs/small.py --config.data.source=cache:caches/mine
+    python -m dit_jax.bench sampling  --config=configs/small.py --config.sample.grid=trailing
+    python -m dit_jax.bench sampling  --model=runs/quickstart --count=1000
 
 The first six measure the train step and the sampler on made-up latents; they need jax, flax, optax and ml_collections
 alone, and torch to compare with it.
@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dit_jax.ending import run_program
-from dit_jax.runtime import add_flags, path_of, read_overrides, set_up
+from dit_jax.runtime import add_flags, path_of, program_parser, read_overrides, set_up
 
 OF_CONFIGS = {"memory": "memory", "data": "data", "sampling": "mixture_errors"}  # function of the file of that name
 OF_PRESETS = {
@@ -51,9 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _measure_preset(argv: Sequence[str]) -> None:
     """Flags of what is measured on made-up latents."""
     what = argv[0]
-    parser = argparse.ArgumentParser(
-        prog=f"python -m dit_jax.bench {what}", description=OF_PRESETS[what], allow_abbrev=False
-    )
+    commands = [line for line in __doc__.splitlines() if f"bench {what} " in line and "--preset" in line]
+    parser = program_parser(f"bench {what}", "\n".join([OF_PRESETS[what], *commands]), allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, required=True, help="size of the model; b2 is DiT-B/2")
     parser.add_argument("--batch", type=_positive, help="pictures a step, of one device; default: by preset")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the arithmetic")
@@ -114,10 +113,10 @@ def _positive(text: str) -> int:
 
 def _measure_config(argv: Sequence[str]) -> None:
     """Flags of what is measured with the config of a run, or with a trained model."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dit_jax.bench",
-        description="Measure how fast training is, what a model takes, and what samplers give.",
-        epilog=f"{', '.join(OF_PRESETS)} have flags of their own: --help after them shows these.",
+    parser = program_parser(
+        "bench",
+        __doc__,
+        f"{', '.join(OF_PRESETS)} have flags of their own: --help after them shows these.",
         allow_abbrev=False,
     )
     parser.add_argument(
