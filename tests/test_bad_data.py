@@ -68,6 +68,7 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_bad_records_are_replaced_alike_in_every_way_of_feeding_and_listed(tmp_path, capfd):
     source = draw_all_kinds(tmp_path / "pictures")
     common = {"data__source": source, "data__max_bad_fraction": "0.5", "total_steps": "6", **QUICK}

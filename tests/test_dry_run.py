@@ -117,6 +117,7 @@ def test_an_unknown_text_encoder_of_a_hub_needs_its_three_numbers(capsys, tmp_pa
     assert "20 tokens of width 24" in dry_run(capsys, *flags, "--config.model.pooled_width=28")
 
 
+@pytest.mark.slow
 def test_the_largest_batch_is_the_largest(capsys):
     flags = (SMALL, "--device=t4")
     most = int(re.search(r"remat=none +([\d,]+)", dry_run(capsys, *flags))[1].replace(",", ""))

@@ -18,6 +18,7 @@ import pytest
 
 from dit_jax import processes
 from dit_jax.errors import LostError, PreemptedError
+from tests import xla
 from tests.tiny_run import tiny_flags, train_tiny
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +45,7 @@ class Run:
 
     def __init__(self, folder: Path, workdir: Path, count: int = 2, own: Sequence[Sequence[str]] = (), **changes: str):
         folder.mkdir()
-        environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+        environment = {**os.environ, "XLA_FLAGS": xla.flags(devices=1)}
         several = f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}"
         self._folder, self.processes = folder, []
         for i in range(count):
@@ -224,7 +225,7 @@ def main():
     {code}
 ending.run_program(main, False, "")
 """
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment = {**os.environ, "XLA_FLAGS": xla.flags(devices=1), "TF_CPP_MIN_LOG_LEVEL": "3"}
     options = {"cwd": ROOT, "env": environment, "stderr": subprocess.PIPE, "text": True}
     with (
         subprocess.Popen([sys.executable, "-c", program, str(killed)], **options) as lost,
@@ -270,7 +271,7 @@ for count in (8, 1, 4):
     checkpoints.wait()
 assert int(state.step) == 103
 """
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = {**os.environ, "XLA_FLAGS": xla.flags(devices=8)}
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True, timeout=LONG)
 
 
@@ -296,7 +297,7 @@ for count, stop in ((8, 5), (1, 10), (4, 20)):
             assert len(ours.sharding.device_set) == other
             np.testing.assert_array_equal(ours, theirs)
 """
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = {**os.environ, "XLA_FLAGS": xla.flags(devices=8)}
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True, timeout=LONG)
     ours, theirs = rows(tmp_path / "run"), rows(tiny_run)
     assert ours.keys() == theirs.keys()

@@ -16,6 +16,7 @@ from dit_jax.sharding import AXES, abstract_mesh, batch_shards, make_mesh, param
 from dit_jax.training.optimizer import make_optimizer
 from dit_jax.training.state import init_params
 from dit_jax.trees import named_leaves
+from tests import xla
 from tests.models.options import OPTIONS
 from tests.toy import SMALL
 
@@ -189,8 +190,7 @@ MESHES = {  # fsdp and tensor of eight devices, and the model
 @pytest.fixture(scope="module")
 def travelled():
     """What was found on every mesh; that the state after a step is that of one device, the program asserts."""
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # behind the partitioner
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {quick}"}
+    environment = {**os.environ, "XLA_FLAGS": xla.flags(devices=8)}
     command = [sys.executable, "-c", PROGRAM, json.dumps(list(MESHES.values()))]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert not done.returncode, done.stderr

@@ -111,6 +111,7 @@ def long_captions(folder: Path) -> str:
     return f"folder:{folder}"
 
 
+@pytest.mark.slow
 def test_long_captions_are_told_once(tmp_path, capsys):
     source = long_captions(tmp_path / "pictures")
     for encode in ("once", "every_step"):  # the latter looks at the first eight samples, which are all there are
@@ -210,7 +211,7 @@ def test_the_step_runs_on_two_devices_with_the_batch_split(tmp_path, capsys):
     """Both fake devices of the tests are one mesh, as in the run that the tests above share."""
     assert jax.device_count() == 2
     train_tiny(tmp_path, stop_at_step="1", sample_every="0")
-    assert "mesh {'data': 2}" in capsys.readouterr().out
+    assert "mesh {'data': 2, 'fsdp': 1, 'tensor': 1}" in capsys.readouterr().out
 
 
 def test_a_run_begins_with_the_averaged_parameters_of_another(tiny_run, tmp_path, capsys):
@@ -247,6 +248,7 @@ def test_a_run_does_not_begin_with_parameters_for_other_encoders(tiny_run, tmp_p
         train_tiny(tmp_path / "newer", init_from="nowhere")
 
 
+@pytest.mark.slow
 def test_a_run_may_learn_the_variance_that_ddpm_draws_with(tmp_path):
     run = train_tiny(tmp_path, model__out_channels="8", total_steps="3", sample__sampler="ddpm")
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]

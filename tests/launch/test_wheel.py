@@ -35,7 +35,7 @@ def test_the_wheel_holds_the_package_with_its_assets_and_nothing_else(wheel):
     assert wheel.name == f"dit_jax-{dit_jax.__version__}-py3-none-any.whl"
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     sources = (REPOSITORY / "dit_jax").rglob("*")
-    wanted = {".py", ".json", ".safetensors", ".txt"}
+    wanted = {".py", ".json", ".safetensors", ".txt", ".html"}
     assert packed == {p.relative_to(REPOSITORY).as_posix() for p in sources if p.suffix in wanted}
 
 

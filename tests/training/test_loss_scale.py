@@ -71,6 +71,7 @@ def test_the_slices_of_a_step_share_one_scale_that_is_adjusted_once(toy, batch, 
     assert values(function(state, batch)[0].loss_scale) == (CALM, 1)
 
 
+@pytest.mark.slow
 def test_a_state_of_one_dtype_is_restored_under_any_other(toy, batch, tmp_path):
     """The scale is saved always, and rests where it is not used."""
     step = make_step(toy)

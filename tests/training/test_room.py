@@ -12,6 +12,7 @@ import pytest
 
 from dit_jax import train
 from dit_jax.errors import WorkdirError
+from dit_jax.metrics.report import PAGE
 from dit_jax.training.room import check_room, most_at_once
 from tests.small_disk import small_disk
 from tests.tiny_run import tiny_config, tiny_flags
@@ -66,7 +67,7 @@ def test_a_run_without_room_ends_before_it_writes_anything(disk, tmp_path, capsy
     with pytest.raises(WorkdirError, match=r"takes 0\.000 GiB|takes 0\.001 GiB"):
         train.run(tiny_config(), tmp_path / "run")
     assert "encoding" not in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints", "LOCK", "STATUS.json"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints", "LOCK", "STATUS.json", PAGE}
     assert json.loads((tmp_path / "run" / "STATUS.json").read_text())["state"] == "failed"
 
 
