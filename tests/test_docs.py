@@ -29,6 +29,7 @@ TWINS = {"README.md": "README.zh-CN.md", "docs/architecture.md": "docs/zh/模型
 DOCUMENTS = [
     *TWINS,
     *TWINS.values(),
+    "docs/index.md",
     "docs/data.md",
     "docs/exports.md",
     "docs/sampling.md",
