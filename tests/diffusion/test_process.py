@@ -36,7 +36,7 @@ def relative_error(a, b):
 def test_every_target_to_every_other_and_back(name):
     """At even times to 1e-4; and over log-SNR from -15 to 15, where float32 holds the smaller part of x_t less well."""
     schedule = make_schedule(name, 1.0)
-    even = np.linspace(0.001, 0.995, 64, dtype=np.float32)
+    even = np.linspace(0.002, 0.995, 64, dtype=np.float32)
     extreme = np.asarray(schedule.time_of(jnp.linspace(-15, 15, 61)))
     t = np.concatenate([even, extreme[extreme > 0]])  # edm has no log-SNR above 12.4
     tolerance = np.where(np.arange(len(t)) < len(even), 1e-4, 5e-4)
