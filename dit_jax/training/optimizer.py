@@ -4,17 +4,13 @@ They are apart: an optimizer's updates are for a learning rate of 1, and the tra
 at its global step. An optimizer with a schedule inside would count the steps itself, and fall behind at skipped ones.
 """
 
-import itertools
-import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from dit_jax.trees import leaf_name, mask_by_name
+from dit_jax.trees import mask_by_name
 
 SCHEDULES = ("cosine", "constant")
 OPTIMIZERS = ("adamw", "muon")
@@ -60,8 +56,8 @@ def make_optimizer(
         chosen = mask_by_name(params, lambda leaf: leaf.startswith("blocks_") and leaf.endswith("/kernel"))
         return jax.tree.map(lambda yes: "muon" if yes else "adamw", chosen)
 
-    def as_matrices(params: Any) -> Any:  # behind the axis of blocks; fused kernels have one for their maps
-        return jax.tree.map(lambda p: optax.contrib.MuonDimensionNumbers(1, tuple(range(2, p.ndim))), params)
+    def as_matrices(params: Any) -> Any:  # fused kernels have an axis for their maps
+        return jax.tree.map(lambda p: optax.contrib.MuonDimensionNumbers(0, tuple(range(1, p.ndim))), params)
 
     update = optax.adamw(1.0, b1=b1, b2=b2, weight_decay=weight_decay, mask=kernels)
     if name == "muon":
@@ -72,44 +68,7 @@ def make_optimizer(
             muon_weight_dimension_numbers=as_matrices,
             consistent_rms=0.2,
         )
-        update = optax.partition({"muon": _over_blocks(muon), "adamw": update}, optimizer_of)
+        update = optax.partition({"muon": muon, "adamw": update}, optimizer_of)
     elif name != "adamw":
         raise ValueError(f"optimizer is {name!r}; it can be {', '.join(OPTIMIZERS)}")
     return optax.chain(optax.clip_by_global_norm(clip_norm), update)
-
-
-def _over_blocks(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """``transform``, which sees the same parameter of all L blocks as one array ``[L, ...]``.
-
-    So what is compiled does not grow with depth. The state is that of single arrays, as checkpoints have it.
-    """
-
-    def masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)  # stands where another optimizer's parameter is
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        leaves, single = jax.tree_util.tree_flatten_with_path(updates, is_leaf=masked)
-        names = [re.sub(r"^blocks_\d+/", "", leaf_name(path)) for path, _ in leaves]
-
-        def stack(tree: Any) -> dict[str, Any]:
-            found: dict[str, list[Any]] = {}
-            for name, leaf in zip(names, jax.tree.leaves(tree, is_leaf=masked), strict=True):
-                found.setdefault(name, []).append(leaf)
-            return {name: each[0] if masked(each[0]) else jnp.stack(each) for name, each in found.items()}
-
-        def unstack(tree: dict[str, Any]) -> Any:
-            each = {name: itertools.repeat(leaf) if masked(leaf) else iter(leaf) for name, leaf in tree.items()}
-            return jax.tree.unflatten(single, [next(each[name]) for name in names])
-
-        def within(change: Callable[[Any], Any], structure: Any, tree: Any) -> Any:
-            def whole(node: Any) -> bool:
-                return jax.tree.structure(node, is_leaf=masked) == structure
-
-            return jax.tree.map(lambda node: change(node) if whole(node) else node, tree, is_leaf=whole)
-
-        stacked = stack(updates)
-        together = jax.tree.structure(stacked, is_leaf=masked)
-        done, state = transform.update(stacked, within(stack, single, state), None if params is None else stack(params))
-        return unstack(done), within(unstack, together, state)
-
-    return optax.GradientTransformation(transform.init, update)
