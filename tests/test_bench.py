@@ -27,6 +27,7 @@ def rows(capsys, *flags: str) -> dict[str, list[int]]:
     return {name: [int(n.replace(",", "")) for n in numbers] for name, *numbers in lines}
 
 
+@pytest.mark.slow
 def test_remat_keeps_less_and_the_compiled_step_takes_less(capsys):
     """On the CPU as well, where the compiler would merge again what is computed twice."""
     found = rows(capsys)

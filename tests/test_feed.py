@@ -141,6 +141,7 @@ def open_validation(config, listed=None, say=lambda line: None):
     return records, functools.partial(validation, params)
 
 
+@pytest.mark.slow
 def test_the_same_records_validate_however_they_come_and_whatever_the_seed(tmp_path):
     """A cache holds mirror images, and an every_step run cuts at random places; neither is validated on."""
     source = draw_noise(tmp_path / "pictures", [WIDE, TALL, SQUARE] * 8, bad=(4,))

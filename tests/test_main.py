@@ -125,6 +125,7 @@ def test_the_traceback_is_there_for_who_asks(capsys, tmp_path):
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_made_is_no_reason_to_stop(tmp_path):
     (tmp_path / "file").touch()
     environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}

@@ -149,6 +149,7 @@ def test_a_finished_run_says_so_and_changes_nothing(tiny_run, capsys):
     assert (tiny_run / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_stopped_run_says_where_it_stops_and_goes_on_by_its_own_config(tmp_path, capsys):
     changes = {"total_steps": "4", "sample_every": "0"}
     run, whole = tmp_path / "run", train_tiny(tmp_path / "whole", **changes)
@@ -166,6 +167,7 @@ def test_a_workdir_of_another_config_is_refused_and_left_alone(tiny_run):
     assert (tiny_run / "config.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_becomes_longer_where_that_is_said(tmp_path):
     changes = {"total_steps": "2", "warmup_steps": "1", "sample_every": "0"}
     run = train_tiny(tmp_path, **changes)
@@ -341,6 +343,7 @@ def test_a_run_that_is_resumed_has_the_rows_of_one_that_is_not(validated, tmp_pa
     assert_same_run(validated[0], tmp_path, 10)
 
 
+@pytest.mark.slow
 def test_a_step_is_scored_before_it_is_saved(validated, tmp_path, monkeypatch):
     """Whatever is on disk when a step is saved must hold what came before."""
 
@@ -354,6 +357,7 @@ def test_a_step_is_scored_before_it_is_saved(validated, tmp_path, monkeypatch):
     assert [row["step"] for row in validation_rows(tmp_path)] == [4, 8]
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_stays_when_a_run_is_resumed(tmp_path):
     """By the rows of the run, of which one is made the best."""
     changes = VALIDATED | {"total_steps": "3", "validate_every": "1", "save_every": "1", "keep_latest": "1"}

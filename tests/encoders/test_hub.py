@@ -509,6 +509,7 @@ def environment(served: Hub, home: Path, **more: str) -> dict[str, str]:
     return {**os.environ, **hub_settings, **more}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 def test_an_exported_model_of_the_hub_draws_what_its_folder_draws(tiny_run, served, online, tmp_path, form):
     from dit_jax.exchange.components import PARAMETERS
