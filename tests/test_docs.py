@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from PIL import Image
 
 from configs import default
 from dit_jax import build
@@ -127,6 +128,22 @@ def test_commands_are_such_as_the_programs_take_and_name_keys_and_files_that_exi
                 assert key in KEYS, command
         for file in re.findall(r"(?:configs|launch|tools)/[\w/]+\.\w+", command):
             assert (REPOSITORY / file).is_file(), command
+
+
+@pytest.mark.parametrize(
+    "document", [name for name in DOCUMENTS if "```python" in read(name) and name not in TWINS.values()]
+)
+def test_blocks_of_python_run(document, tiny_run, tmp_path, monkeypatch):
+    """In a folder with a trained model and a picture."""
+    for folder in ("runs", "pictures"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "runs" / "quickstart").symlink_to(tiny_run)
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "pictures" / "00000.png")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```$", read(document), re.MULTILINE | re.DOTALL)
+    for block in blocks:
+        exec(compile(block, document, "exec"), {"__name__": "block"})
+    assert blocks
 
 
 @each_document
