@@ -1,5 +1,7 @@
 """Laws of the process: noising by its definition, and one conversion table for every pair of targets."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,14 +38,15 @@ def relative_error(a, b):
 def test_every_target_to_every_other_and_back(name):
     """At even times to 1e-4; and over log-SNR from -15 to 15, where float32 holds the smaller part of x_t less well."""
     schedule = make_schedule(name, 1.0)
-    even = np.linspace(0.002, 0.995, 64, dtype=np.float32)
+    even = np.linspace(0.001, 0.995, 64, dtype=np.float32)
     extreme = np.asarray(schedule.time_of(jnp.linspace(-15, 15, 61)))
     t = np.concatenate([even, extreme[extreme > 0]])  # edm has no log-SNR above 12.4
     tolerance = np.where(np.arange(len(t)) < len(even), 1e-4, 5e-4)
     x_t, truth = corrupted(name, t)
     process = {target: Process(schedule, target) for target in TARGETS}
 
-    @jax.jit
+    # compiled as it is for users: without fused multiply-add, 1.3e-4 at t = 0.001
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
     def cycles(truth, x_t, t):
         there = {start: process[start].convert(getattr(truth, start), x_t, t) for start in TARGETS}
         return {

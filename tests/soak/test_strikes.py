@@ -1,6 +1,6 @@
 """A run that is killed or told to stop at any moment loses little, needs no human, and ends as one that was not.
 
-The quick test strikes one run four times, those of the soak strike many runs ten times each.
+The quick test strikes one run seven times, those of the soak strike many runs ten times each.
 """
 
 import itertools
@@ -22,14 +22,17 @@ SEED = 0
 ROUND = 10  # strikes of a run
 
 
-def test_a_run_that_is_struck_four_times_ends_as_one_that_is_not(tmp_path):
+def test_a_run_that_is_struck_seven_times_ends_as_one_that_is_not(tmp_path):
     """Where it hurts most. A start is most of what a strike costs, so that here are few."""
     choose, run = random.Random(SEED), Survivor(tmp_path / "run", SHORT, {}, {})
     for strike in (
+        Strike((SIGINT,), "compile", 0),
         Strike((SIGKILL,), "before the rename", 11),
+        Strike((SIGUSR1,), "sampling", 12),
         Strike((SIGKILL,), "deletion", 25),
         Strike((SIGTERM, SIGTERM), "save", 35),
         Strike((SIGKILL,), "after the rename", 40),
+        Strike((SIGKILL,), "end", 0),
     ):
         assert run.suffers(strike, choose), strike
     run.ends_like(Survivor(tmp_path / "whole", SHORT, {}, {}).ends())
