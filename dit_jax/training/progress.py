@@ -225,7 +225,8 @@ class EncodingCounter:
 
 def shows_bars() -> bool:
     """Whether somebody watches: on a terminal or in a notebook; of several processes, the first."""
-    return processes.is_first() and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+    in_notebook = "ipykernel.kernelapp" in sys.modules  # a program that starts kernels has imported ipykernel too
+    return processes.is_first() and (in_notebook or sys.stderr.isatty())
 
 
 def describe_bad(metrics: Mapping[str, float | jax.Array]) -> str:
