@@ -136,7 +136,7 @@ def open_validation(config, listed=None, say=lambda line: None):
     source = build.make_validation_source(config)
     records = feed.open_validation(config, listed, source, vae, text_encoder, say)
     model, process = build.make_model(config, jnp.float32), build.make_process(config)
-    params = randomise(init_params(model, jax.random.key(0), 8, 8), 1)
+    params = randomise(jax.eval_shape(lambda key: init_params(model, key, 8, 8), jax.random.key(0)), 1)
     validation = build.make_validation(config, model, process, records, make_mesh(jax.devices()[:1]))
     return records, functools.partial(validation, params)
 

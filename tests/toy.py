@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dit_jax.arrays import TextStates
 from dit_jax.models.dit import DiT
@@ -38,10 +39,9 @@ SMALL = {
 
 
 def randomise(params: Any, seed: int) -> Any:
-    """The same tree with every leaf normal: nothing is zero, so nothing is ignored."""
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return structure.unflatten([0.3 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
+    """The same tree with every leaf normal: nothing is zero, so nothing is ignored. Of ``params`` only shapes count."""
+    draw = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.3 * draw.standard_normal(leaf.shape, np.float32)), params)
 
 
 class Toy:
@@ -50,13 +50,16 @@ class Toy:
     def __init__(self, **changes: Any):
         self.model = DiT(**{**SMALL, **changes})
         m = self.model
-        self.params = randomise(jax.jit(lambda key: init_params(m, key, 4, 6))(jax.random.key(0)), 1)
-        k = jax.random.split(jax.random.key(2), 4)
-        self.x = jax.random.normal(k[0], (2, 4, 6, m.in_channels))
-        self.t = jax.random.uniform(k[1], (2,))
-        mask = jnp.arange(m.text_length)[None] < jnp.array([3, 4])[:, None]
-        hidden = jax.random.normal(k[2], (2, m.text_length, m.text_width))
-        self.text = TextStates(hidden, jax.random.normal(k[3], (2, m.pooled_width)), mask)
+        self.params = randomise(jax.eval_shape(lambda key: init_params(m, key, 4, 6), jax.random.key(0)), 1)
+        draw = np.random.default_rng(2)
+
+        def normal(*shape: int) -> jax.Array:
+            return jnp.asarray(draw.standard_normal(shape, np.float32))
+
+        self.x = normal(2, 4, 6, m.in_channels)
+        self.t = jnp.asarray(draw.random(2, np.float32))
+        mask = jnp.asarray(np.arange(m.text_length)[None] < np.array([3, 4])[:, None])
+        self.text = TextStates(normal(2, m.text_length, m.text_width), normal(2, m.pooled_width), mask)
         self.apply = jax.jit(lambda params, x, t, text: m.apply({"params": params}, x, t, text, train=False))
 
     def __call__(self, text: TextStates | None = None) -> jax.Array:

@@ -23,7 +23,7 @@ def leaves_after(old, **changes):
     """The transfer into a fresh model with changes, and names and leaves of the fresh one."""
     grid = changes.pop("grid", (4, 6))
     model = Toy(**changes).model
-    fresh = randomise(jax.jit(lambda key: init_params(model, key, *grid))(jax.random.key(0)), 7)
+    fresh = randomise(jax.eval_shape(lambda key: init_params(model, key, *grid), jax.random.key(0)), 7)
     return transfer(old, fresh), named_leaves(fresh)
 
 
