@@ -1,4 +1,4 @@
-"""The worked changes of docs/changes.md: each diff is small, applies to the code as it is, and does what the page says."""
+"""The worked changes of docs/changes.md: each is small, applies to the code as it is, and does what the page says."""
 
 import os
 import re

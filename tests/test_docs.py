@@ -7,6 +7,7 @@ languages, section by section.
 
 import re
 import tokenize
+import xml.etree.ElementTree
 from collections import Counter
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from dit_jax.resolve import resolve
 from dit_jax.trees import count_parameters, named_leaves
 from tests import test_layers
 from tests.command_lines import commands_in, parse
+from tools import draw_architecture
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "dit_jax"
@@ -194,6 +196,12 @@ def test_the_small_model_has_the_shapes_and_parameters_of_the_table(document):
     keys = re.findall(r"^\| `model\.(\w+)` \| ([\d.]+) \|", read(document), re.MULTILINE)
     assert len(keys) == 9
     assert all(config.model[key] == float(value) for key, value in keys)
+
+
+def test_the_figure_is_what_the_code_draws_now():
+    drawn = draw_architecture.draw(draw_architecture.look_at(draw_architecture.CONFIG))
+    assert drawn == draw_architecture.FIGURE.read_text(encoding="utf-8"), "python -m tools.draw_architecture"
+    xml.etree.ElementTree.fromstring(drawn)
 
 
 @pytest.mark.parametrize("document", ["README.md", "README.zh-CN.md"])
