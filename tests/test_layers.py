@@ -27,7 +27,7 @@ PROGRAMS = {
 # layer 3
 MIDDLE = {
     "config", "resolve", "build", "feed", "exchange", "stored", "origin", "drawing", "runtime", "ending", "workdir",
-    "duties", "parts",
+    "duties", "parts", "mirror",
 }  # fmt: skip
 BELOW_PROGRAMS = LEAVES | LIBRARIES | ROOMS | MIDDLE
 
@@ -51,6 +51,7 @@ MAY_IMPORT = {
     "runtime": LEAVES,  # how programs start
     "ending": LEAVES,  # and how they end
     "workdir": LEAVES,  # where a run lies
+    "mirror": LEAVES | {"training", "workdir"},  # and a copy of it
     "parts": LEAVES | LIBRARIES | {"training", "build", "resolve", "runtime", "workdir"},
     "duties": LEAVES | {"training", "metrics", "drawing", "workdir", "config"},  # what a run does beside its steps
     **{program: BELOW_PROGRAMS | {"sample"} for program in PROGRAMS},

@@ -6,7 +6,7 @@ seed ``seed + i`` and depends on nothing else: that seed alone draws it again, w
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,7 +143,7 @@ class Pipeline:
 
     def draw(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | TextStates,
         seeds: Sequence[int],
         negative_prompt: str | None = None,
         height: int | None = None,
@@ -155,31 +155,41 @@ class Pipeline:
     ) -> np.ndarray:
         """Like a call, with one seed per prompt: uint8 ``[len(prompts), height, width, 3]``.
 
-        ``settings`` are keys of ``sample`` in the config; None takes the run's own.
+        ``prompts`` may also be text states, ``text_encoder(captions)`` or a mixture of such. ``settings`` are keys of
+        ``sample`` in the config; None takes the run's own.
         """
         from dit_jax.build import config_errors
         from dit_jax.drawing.canvas import read_canvas
 
         canvas = read_canvas(init_image, mask)
         plan, scale = self._plan(height, width, canvas, settings)
-        if not len(prompts):
+        count = len(prompts.mask) if isinstance(prompts, TextStates) else len(prompts)
+        if not count:
             raise ConfigError("there is nothing to draw: no prompts")
         check_seeds(seeds)
         if negative_prompt is not None and not plan.guided:
             warnings.warn("negative_prompt does nothing at guidance_scale 1", stacklevel=2)
         with config_errors("prompt"):
-            ids, real = self.text_encoder.tokenize(list(prompts), long_prompt)
+            text_of = self._text_of(prompts, long_prompt)
             negative = None if negative_prompt is None else self.text_encoder([negative_prompt], long_prompt)
         known = canvas.latents(self.vae, plan.height, plan.width) if canvas and plan.edited else None
 
         pictures = []
-        for first in range(0, len(prompts), BATCHES[-1]):
-            n = min(BATCHES[-1], len(prompts) - first)
+        for first in range(0, count, BATCHES[-1]):
+            n = min(BATCHES[-1], count - first)
             B = next(size for size in BATCHES if size >= n)
-            rows = np.minimum(np.arange(first, first + B), len(prompts) - 1)  # the last one fills the batch
-            text = self.text_encoder.encode_ids(ids[rows], real[rows])
-            pictures.append(self._draw_batch(plan, text, np.asarray(seeds)[rows], negative, scale, known)[:n])
+            rows = np.minimum(np.arange(first, first + B), count - 1)  # the last one fills the batch
+            pictures.append(self._draw_batch(plan, text_of(rows), np.asarray(seeds)[rows], negative, scale, known)[:n])
         return np.concatenate(pictures)
+
+    def _text_of(
+        self, prompts: Sequence[str] | TextStates, long_prompt: "LongPrompt"
+    ) -> Callable[[np.ndarray], TextStates]:
+        """From numbers of prompts to their text states; captions are cut into tokens now, and encoded then."""
+        if isinstance(prompts, TextStates):
+            return lambda rows: TextStates(*(np.asarray(states)[rows] for states in prompts))
+        ids, real = self.text_encoder.tokenize(list(prompts), long_prompt)
+        return lambda rows: self.text_encoder.encode_ids(ids[rows], real[rows])
 
     def identity(
         self,
