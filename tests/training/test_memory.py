@@ -23,11 +23,11 @@ from tests.toy_step import make_step
 )
 def test_what_small_models_and_batches_keep_says_it_of_large_ones(toy, name, remat):
     """In 16 bits, where parameters are kept too."""
-    model = DiT(**{**SMALL, **OPTIONS[name], "num_layers": 5, "remat": remat, "dtype": jnp.bfloat16})
+    model = DiT(**{**SMALL, **OPTIONS[name], "num_layers": 3, "remat": remat, "dtype": jnp.bfloat16})
     step = dataclasses.replace(make_step(toy), model=model)
     kept, block = kept_bytes(step, 4, 6)
     assert kept.fixed + 7 * kept.per_image == saved_bytes(step, 7, 4, 6)
-    assert 0 < 4 * block.per_image < kept.per_image
+    assert 0 < 2 * block.per_image < kept.per_image
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
