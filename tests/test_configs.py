@@ -27,7 +27,9 @@ from dit_jax.trees import count_parameters
 SIZES = {"small": small, "base": base, "large": large, "xl": xl}
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("small", "xl") else pytest.mark.slow) for name in SIZES]
+)
 def test_the_header_of_a_size_says_what_is_predicted(name):
     config = load_config(f"configs/{name}.py", {})
     resolve(config, 1, *build.describe_encoders(config), 1)

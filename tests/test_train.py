@@ -120,6 +120,7 @@ def test_long_captions_are_told_once(tmp_path, capsys):
         assert len(said) == 1 and re.search(r": 6(?: of the first 8)?, the first '(\d) red circles \1 red", said[0])
 
 
+@pytest.mark.slow  # of the step alone, tests/training/test_step.py says it
 def test_gradient_accumulation_gives_the_same_losses(tmp_path):
     """Without dropout in the network, whose draws belong to a slice."""
     rows = []
