@@ -101,6 +101,10 @@ case $extras in
   *) device=(--allow_cpu) ;; # the choice was made above; do not stop where a GPU is left unused
 esac
 
+# On a CPU every step asks the system for its memory again. In huge pages (glibc of Linux; others do not read this) that
+# is done a few hundred times and not a quarter of a million times: docs/benchmarks.md.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+
 # program NAME [ARGUMENT...]: runs one of the package's programs. (An empty array is unset to bash 3.2.)
 program() {
   "$venv/bin/python" -m "dit_jax.$1" ${device[@]+"${device[@]}"} "${@:2}"
