@@ -83,6 +83,7 @@ ADDED = {
 }
 KINDS = {key: kind for kind, keys in FIRST.items() for key in keys.split()}
 KINDS |= {key: type(value) for key, value in ADDED.items()}
+LENGTH = ("total_steps:", "total_epochs:", "warmup_steps:")  # how `differences` of a run that became longer begin
 WORDS = ("sample.prompts",)  # tuples that hold text; all others hold numbers
 LARGEST = 2**53  # of whole numbers: JSON has larger ones, no config needs them
 FORMATS = ("safetensors", "orbax", "diffusers")  # of an export's parameters
@@ -367,8 +368,7 @@ def take_over(config: ConfigDict, workdir: Path, extend: bool) -> None:
             config.warmup_steps = old.warmup_steps
         old.total_steps, old.total_epochs = config.total_steps, config.total_epochs
     changed = differences(old, config)
-    of_length = ("total_steps:", "total_epochs:", "warmup_steps:")
-    if longer and not extend and all(one.startswith(of_length) for one in changed):
+    if longer and not extend and all(one.startswith(LENGTH) for one in changed):
         raise ConfigError(
             f"{workdir} belongs to a run of {old.total_steps} steps, not {config.total_steps}: add --extend to make it"
             " longer (the learning rate then goes on as if it had been from the start), or set total_steps back"

@@ -1,68 +1,84 @@
 """A copy of a run in a place that outlives this machine, such as a drive that a notebook mounts.
 
-A run writes where disks are quick, and what was saved is copied when it counts. The copy is a workdir too: copied back,
-it is a run that goes on as the first would have. So at any moment, also when the machine is taken away in the middle of
-a copy, it holds whole checkpoints, and the rows up to each of them.
+A run writes where disks are quick, and what was saved is copied afterwards. The copy is a workdir too: copied back, it
+is a run that goes on as the first would have. Whenever the copying ends, also when the machine is taken away in the
+middle of it, the steps that are there are whole, and the rows up to each of them are there.
 """
 
 import os
 import shutil
 from pathlib import Path
 
+from dit_jax.config import LENGTH, differences, read_run
 from dit_jax.errors import ConfigError
 from dit_jax.training import manifest, status
-from dit_jax.training.saved_steps import ITEMS, UNFINISHED, steps_of
+from dit_jax.training.saved_steps import ITEMS, UNFINISHED, steps_of, unfinished
 from dit_jax.workdir import CHECKPOINTS, LOCK
 
-COPYING = ".copying"  # what a name ends with until all of it is there
+COPYING = ".copying"  # what the name of a file ends with until all of it is there
 
 
 def mirror(source: Path | str, target: Path | str) -> list[int]:
     """Make ``target`` what ``source`` is, a workdir; of a run that goes on, as far as it is saved.
+
+    A step that the source no longer keeps goes when a newer one is there.
 
     Args:
       source: a workdir on a disk, or a copy of one; where there is none, nothing is done.
       target: where to copy it to; made if it is not there.
 
     Returns:
-      The steps that were copied.
+      The steps that were copied. One that is not whole, as it is just being deleted, is not.
 
     Raises:
-      ConfigError: the target has a later step; it would be lost.
+      ConfigError: the target holds another run, or a later step, which would be lost.
       OSError: one of the two cannot be read or written.
     """
     source, target = Path(source), Path(target)
-    steps = steps_of(source / CHECKPOINTS)  # first: a later step may have rows that are not copied yet
-    here = target / CHECKPOINTS
-    if steps and (later := [step for step in steps_of(here) if step > steps[-1]]):
-        raise ConfigError(
-            f"{target} has step {later[-1]} of a run, and {source} only step {steps[-1]}: copy it back first, or name"
-            " another place"
-        )
+    if not source.is_dir():
+        return []
+    steps, here = steps_of(source / CHECKPOINTS), target / CHECKPOINTS  # later ones may have rows not copied here
+    _check(source, target, steps)
+    for left in unfinished(here):
+        shutil.rmtree(left)
     _copy_files(source, target)
-    missing = [step for step in steps if not (here / str(step)).is_dir()]
-    copied = [step for step in missing if _copy_step(source / CHECKPOINTS / str(step), here / str(step))]
-    for step in set(steps_of(here)) - set(steps) if steps else ():
-        gone = here / f"{step}{UNFINISHED}"
-        os.replace(here / str(step), gone)  # at one stroke: what is half deleted must not look like a step
-        shutil.rmtree(gone)
+    new = [step for step in steps if not _is_there(source / CHECKPOINTS / str(step), here / str(step))]
+    copied = [step for step in new if _copy_step(source / CHECKPOINTS / str(step), here / str(step))]
+    if steps and (here / str(steps[-1])).is_dir():
+        for step in set(steps_of(here)) - set(steps):
+            _remove_step(here / str(step))
     if (source / status.NAME).is_file():
         _copy_file(source / status.NAME, target / status.NAME)  # last: it says which step there must be
     return copied
+
+
+def _check(source: Path, target: Path, steps: list[int]) -> None:
+    """Raises ConfigError where something of the target would be lost."""
+    if all((folder / "config.json").is_file() for folder in (source, target)):
+        changed = differences(read_run(target), read_run(source))
+        if changed := [one for one in changed if not one.startswith(LENGTH)]:
+            raise ConfigError(f"{target} holds a run with another config ({'; '.join(changed)}): name another place")
+    there = steps_of(target / CHECKPOINTS)
+    if there and (not steps or there[-1] > steps[-1]):
+        has = f"has none after {steps[-1]}" if steps else "has none"
+        raise ConfigError(f"{target} holds step {there[-1]} and {source} {has}: copy it back, or name another place")
 
 
 def _copy_files(source: Path, target: Path) -> None:
     """All that lies beside the checkpoints and changed."""
     for path in sorted(source.rglob("*")):
         name = path.relative_to(source)
-        if name.parts[0] in (CHECKPOINTS, LOCK, status.NAME) or path.suffix == ".tmp" or not path.is_file():
+        passing = path.suffix in (".tmp", COPYING) or not path.is_file()
+        if passing or name.parts[0] in (CHECKPOINTS, LOCK, status.NAME):
             continue
-        copy, found = target / name, path.stat()
-        if not copy.is_file() or (copy.stat().st_size, int(copy.stat().st_mtime)) != (
-            found.st_size,
-            int(found.st_mtime),  # of the finer part some drives keep nothing
-        ):
-            _copy_file(path, copy)
+        if not (target / name).is_file() or _stamp(target / name) != _stamp(path):
+            _copy_file(path, target / name)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Bytes and time of a file; of fractions of a second some drives keep nothing."""
+    found = path.stat()
+    return found.st_size, int(found.st_mtime)
 
 
 def _copy_file(path: Path, copy: Path) -> None:
@@ -72,19 +88,35 @@ def _copy_file(path: Path, copy: Path) -> None:
     os.replace(growing, copy)
 
 
+def _is_there(step: Path, copy: Path) -> bool:
+    """Whether a step was copied, and not saved again since."""
+    ours, theirs = step / manifest.NAME, copy / manifest.NAME
+    return theirs.is_file() and ours.is_file() and ours.read_bytes() == theirs.read_bytes()
+
+
 def _copy_step(step: Path, copy: Path) -> bool:
     """Whether it was whole: one that need not be kept any longer may go while it is copied.
 
-    The copy bears the name of what was not finished until it is whole; a run that finds it removes it.
+    Until it is whole the copy bears the name of what was not finished.
     """
     growing = copy.with_name(f"{copy.name}{UNFINISHED}")
-    shutil.rmtree(growing, ignore_errors=True)
     try:
         shutil.copytree(step, growing)
     except (FileNotFoundError, shutil.Error):
         if step.is_dir():
             raise
-    if whole := growing.is_dir() and not manifest.verify(growing, "fast", ITEMS).problems:
+    whole = growing.is_dir() and not manifest.verify(growing, "fast", ITEMS).problems
+    if whole:
+        if copy.is_dir():
+            _remove_step(copy)
         os.replace(growing, copy)
-    shutil.rmtree(growing, ignore_errors=True)
+    else:
+        shutil.rmtree(growing, ignore_errors=True)
     return whole
+
+
+def _remove_step(step: Path) -> None:
+    """At one stroke: what is half deleted must not look like a step."""
+    gone = step.with_name(f"{step.name}{UNFINISHED}-gone")
+    os.replace(step, gone)
+    shutil.rmtree(gone)

@@ -102,7 +102,7 @@ case $extras in
 esac
 
 # On a CPU every step asks the system for its memory again. In huge pages (glibc of Linux; others do not read this) that
-# is done a few hundred times and not a quarter of a million times: docs/benchmarks.md.
+# is done far less often: docs/benchmarks.md.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
 # program NAME [ARGUMENT...]: runs one of the package's programs. (An empty array is unset to bash 3.2.)

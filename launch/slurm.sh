@@ -24,8 +24,8 @@ cd "${SLURM_SUBMIT_DIR:?start it with sbatch, from the folder of dit_jax}"
 srun "${DIT_JAX_VENV:-.venv}/bin/python" -m dit_jax.main --coordinator=auto "$@" &
 step=$!
 
-# Three minutes before the time is up, and when the job is preempted, this script is told; srun passes it on to every
-# process. They finish the step, save it and end with 75.
+# Three minutes before the time is up, and with PreemptParameters=send_user_signal also when the job is preempted, this
+# script is told; srun passes it on to every process. They finish the step, save it and end with 75.
 told=
 trap 'told=1; kill -USR1 "$step"' USR1 TERM
 

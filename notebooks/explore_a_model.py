@@ -39,9 +39,8 @@ from pathlib import Path
 
 REPOSITORY = ""
 
-root = next(
-    (folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "dit_jax" / "sample.py").is_file()), None
-)
+places = (Path.cwd(), *Path.cwd().parents, Path("dit_jax_repository").resolve())  # the last: cloned before
+root = next((folder for folder in places if (folder / "dit_jax" / "sample.py").is_file()), None)
 if root is None:
     if not REPOSITORY:
         raise SystemExit("set REPOSITORY in this cell to the address of the dit_jax repository")
@@ -63,8 +62,8 @@ print("kept:", ", ".join(pins))
 # ## 2. A model
 #
 # `MODEL` is the folder of a run, of an export (unpacked, if it came as a zip), or the hub id of an export.
-# `quickstart.ipynb` and `bash launch/quickstart.sh` train one that knows coloured shapes; the prompts below are for
-# those.
+# `bash launch/quickstart.sh` trains one that knows coloured shapes, and the prompts below are for those;
+# `quickstart.ipynb` trains the same one in `runs/notebook`, and downloads it as a zip.
 
 # %%
 MODEL = "runs/quickstart"
@@ -198,7 +197,7 @@ show(rows, [" ".join(prompt.split()[1:4]) for prompt in PROMPTS], "a row is a ca
 # A caption reaches the network as text states: numbers, which can be mixed as words cannot. `pipe.text_encoder` gives
 # those of captions, and `pipe.draw` takes states in place of captions. Half-way between red and blue there need not be
 # purple: the states in between are of no caption that the model has seen, and mostly it decides for one side, at a
-# point that the seed moves.
+# point that the seed moves. (Both captions of a pair have as many tokens: states are mixed token by token.)
 
 # %%
 from dit_jax.arrays import TextStates

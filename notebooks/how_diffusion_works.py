@@ -39,9 +39,8 @@ from pathlib import Path
 
 REPOSITORY = ""
 
-root = next(
-    (folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "dit_jax" / "sample.py").is_file()), None
-)
+places = (Path.cwd(), *Path.cwd().parents, Path("dit_jax_repository").resolve())  # the last: cloned before
+root = next((folder for folder in places if (folder / "dit_jax" / "sample.py").is_file()), None)
 if root is None:
     if not REPOSITORY:
         raise SystemExit("set REPOSITORY in this cell to the address of the dit_jax repository")

@@ -22,8 +22,9 @@
 # after a disconnect, draw, and take the model home. Twenty pictures are learnt by heart in some minutes, which shows
 # that everything works; a model that draws what it has not seen needs thousands, and `configs/small.py` on a GPU.
 #
-# Nothing is lost when Colab takes the machine away: every checkpoint is copied to your Drive as soon as it is whole.
-# Then connect again and run all cells; training goes on from the last one, and ends in the same numbers.
+# Nothing is lost when Colab takes the machine away: every checkpoint is copied to your Drive once it is whole. Connect
+# again and run all cells; training goes on from the last one, and ends in the same numbers. (Pictures that were
+# uploaded, and are not on the Drive, are asked for again.)
 
 # %% [markdown]
 # ## 1. Install
@@ -40,9 +41,8 @@ from pathlib import Path
 
 REPOSITORY = ""
 
-root = next(
-    (folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "dit_jax" / "sample.py").is_file()), None
-)
+places = (Path.cwd(), *Path.cwd().parents, Path("dit_jax_repository").resolve())  # the last: cloned before
+root = next((folder for folder in places if (folder / "dit_jax" / "sample.py").is_file()), None)
 if root is None:
     if not REPOSITORY:
         raise SystemExit("set REPOSITORY in this cell to the address of the dit_jax repository")
@@ -72,9 +72,9 @@ print("kept:", ", ".join(pins))
 # %%
 PICTURES = "my_pictures"
 KEEP = ""
-CONFIG = (
-    "configs/overfit.py"  # for some dozens; configs/emoji.py for hundreds, configs/small.py for thousands and a GPU
-)
+# for some dozens; configs/emoji.py is for hundreds, configs/small.py for thousands and a GPU
+CONFIG = "configs/overfit.py"
+CHANGES = {"total_steps": "2000", "save_every": "250", "log_every": "25"}  # keys of it; {} with the other two
 
 if "google.colab" in sys.modules:
     from google.colab import drive, files
@@ -125,7 +125,7 @@ precompute(load_config(CONFIG, {"data.source": f"folder:{PICTURES}"}), cache, pa
 # Checkpoints are written to this machine, where disks are quick, and `mirror` copies each of them to `KEEP`: whole, or
 # not at all, so that at no moment there is half a run. On a fresh machine this cell begins by copying the run back.
 #
-# Stop it whenever you like: *Interrupt* saves the step it is at.
+# Stop it whenever you like: *Interrupt* saves the step it is at, and copies it. A larger `total_steps` goes on longer.
 
 # %%
 import matplotlib.pyplot as plt
@@ -133,15 +133,15 @@ import matplotlib.pyplot as plt
 from dit_jax import train
 from dit_jax.mirror import mirror
 
-overrides = {"data.source": f"cache:{cache}", "total_steps": "2000", "save_every": "250", "log_every": "25"}
+overrides = {"data.source": f"cache:{cache}", **CHANGES}
 if FAST:
     overrides |= {"total_steps": "24", "save_every": "4", "log_every": "2", "sample_every": "24", "batch_size": "8",
                   "model.num_layers": "1", "model.hidden_size": "32", "model.attention_head_dim": "8",
                   "sample.steps": "2"}  # fmt: skip
 config = load_config(CONFIG, overrides)
 workdir = Path("runs") / "my_pictures"
-if KEEP and not workdir.is_dir():
-    print("copied back:", mirror(KEEP, workdir))
+if KEEP and not (workdir / "STATUS.json").is_file():  # which is copied last
+    print("copied back, steps:", mirror(KEEP, workdir))
 
 figure, (curve, grid) = plt.subplots(1, 2, figsize=(11, 4.5), width_ratios=(3, 2))
 plt.close(figure)  # shown by hand, so that it can change while training runs
@@ -162,21 +162,29 @@ def watch(step, found):
         curve.set(xlabel="step", ylabel="loss", yscale="log")
     screen.update(figure)
     if KEEP:
+        try:
+            mirror(workdir, KEEP)
+        except OSError as error:  # training goes on, and the next row tries again
+            print(f"step {step} is not copied to {KEEP} yet: {error}")
+
+
+try:
+    state = train.run(config, workdir, watch, extend=True)
+finally:
+    if KEEP:
         mirror(workdir, KEEP)
 
-
-state = train.run(config, workdir, watch)
-if KEEP:
-    mirror(workdir, KEEP)
-
 # %% [markdown]
-# `report.html` in the run's folder shows the same, and more, in any browser. The curve should have fallen by a factor
-# of a hundred where some dozens of pictures were learnt by heart.
+# `report.html` in the run's folder shows the same, and more, in any browser. Where some dozens of pictures are learnt
+# by heart the curve falls by a factor of a hundred.
 
 # %% [markdown]
 # ## 6. Draw
 #
-# The first captions of the folder, twice each with other noise, and one of your own.
+# The first captions of the folder, or what you ask for, each with two noises.
+
+# %%
+PROMPTS = []  # such as ["a red apple"]
 
 # %%
 import itertools
@@ -186,7 +194,7 @@ from dit_jax.sample import Pipeline, make_grid
 
 pipe = Pipeline.load(workdir)
 source = build.make_source(load_config(CONFIG, {"data.source": f"folder:{PICTURES}"}), "train")
-captions = [texts[0] for texts in itertools.islice(filter(None, source.captions()), 8)]
+captions = PROMPTS or [texts[0] for texts in itertools.islice(filter(None, source.captions()), 8)]
 for caption in captions:
     print(caption)
 make_grid([*pipe(captions, seed=0), *pipe(captions, seed=100)], columns=len(captions))
@@ -208,6 +216,6 @@ export(pipe, folder, form="safetensors", dtype="float32", copy_encoders=False)
 archive = shutil.make_archive(str(folder), "zip", folder)
 print(archive)
 if KEEP:
-    shutil.copy(archive, f"{KEEP}.zip")
+    shutil.copy(archive, Path(KEEP).with_name("my_pictures.zip"))
 if "google.colab" in sys.modules:
     files.download(archive)

@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "runtime": LEAVES,  # how programs start
     "ending": LEAVES,  # and how they end
     "workdir": LEAVES,  # where a run lies
-    "mirror": LEAVES | {"training", "workdir"},  # and a copy of it
+    "mirror": LEAVES | {"training", "workdir", "config"},  # and a copy of it
     "parts": LEAVES | LIBRARIES | {"training", "build", "resolve", "runtime", "workdir"},
     "duties": LEAVES | {"training", "metrics", "drawing", "workdir", "config"},  # what a run does beside its steps
     **{program: BELOW_PROGRAMS | {"sample"} for program in PROGRAMS},

@@ -172,7 +172,6 @@ def draw(net: Network) -> str:
 
     top = path[-1].y + STEP + 34
     proj = "blocks_0/adaln/proj"
-    half = m.spec.attention_width
     inside = column(
         LEFT,
         top + 44,
@@ -182,7 +181,7 @@ def draw(net: Network) -> str:
             (
                 "module",
                 "attention/qkv",
-                f"3 x {m.num_heads} heads of {half // m.num_heads}",
+                f"3 x {m.num_heads} heads of {m.attention_head_dim}",
                 count("blocks_0/attention/qkv"),
             ),
             ("module", "attention/out", out["blocks_0/attention/out"], count("blocks_0/attention/out")),

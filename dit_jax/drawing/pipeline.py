@@ -155,8 +155,8 @@ class Pipeline:
     ) -> np.ndarray:
         """Like a call, with one seed per prompt: uint8 ``[len(prompts), height, width, 3]``.
 
-        ``prompts`` may also be text states, ``text_encoder(captions)`` or a mixture of such. ``settings`` are keys of
-        ``sample`` in the config; None takes the run's own.
+        ``prompts`` may also be text states, ``text_encoder(captions)`` or a mixture of such, for which ``long_prompt``
+        is of no account. ``settings`` are keys of ``sample`` in the config; None takes the run's own.
         """
         from dit_jax.build import config_errors
         from dit_jax.drawing.canvas import read_canvas
@@ -166,6 +166,8 @@ class Pipeline:
         count = len(prompts.mask) if isinstance(prompts, TextStates) else len(prompts)
         if not count:
             raise ConfigError("there is nothing to draw: no prompts")
+        if len(seeds) != count:
+            raise ConfigError(f"{len(seeds)} seeds for {count} pictures; draw takes one for each")
         check_seeds(seeds)
         if negative_prompt is not None and not plan.guided:
             warnings.warn("negative_prompt does nothing at guidance_scale 1", stacklevel=2)

@@ -125,4 +125,4 @@ def test_a_run_on_your_pictures_whose_machine_goes_away_inside_a_save_is_the_sam
 
     for name in ("runs/my_pictures/metrics.jsonl", "exports/my_pictures/model.safetensors"):
         assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
-    assert steps_of(saved) == steps_of(saving) and (killed / "drive" / "mine.zip").is_file()
+    assert steps_of(saved) == steps_of(saving) and (killed / "drive" / "my_pictures.zip").is_file()
