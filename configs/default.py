@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     c.adam_b1 = 0.9  # muon: of what stays with AdamW; the blocks' kernels have muon_momentum
     c.adam_b2 = 0.999
     c.muon_momentum = 0.95
+    c.moment_dtype = "float32"  # that first moments and momentum are kept in: float32 | bfloat16, half of their memory
     c.weight_decay = 0.01  # of kernels only
     c.clip_norm = 1.0  # global norm of the gradient
     c.ema_decay = 0.9999  # of the averaged parameters that samples are drawn with

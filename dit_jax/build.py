@@ -433,5 +433,6 @@ def make_optimizer(config: ConfigDict) -> tuple["optax.GradientTransformation", 
             config.muon_momentum,
             config.weight_decay,
             config.clip_norm,
+            config.moment_dtype,
         )
     return made, schedule

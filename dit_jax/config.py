@@ -55,6 +55,7 @@ ADDED = {
     "validate_every": 0,
     "keep_best": 0,
     "verify_checkpoints": "full",
+    "moment_dtype": "float32",
     "data.storage_dtype": "float32",
     "data.buckets": 0,
     "data.patience": 600.0,

@@ -104,6 +104,7 @@ def resolve(
 # What the values of some keys can be, where no object is made of them.
 CHOICES = {
     "verify_checkpoints": ("fast", "full"),
+    "moment_dtype": ("bfloat16", "float32"),
     "data.encode": ("once", "every_step"),
     "data.storage_dtype": ("float16", "float32"),
     "data.flip": ("on", "off", "auto"),

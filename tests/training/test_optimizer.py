@@ -60,3 +60,22 @@ def test_muon_orthogonalises_the_kernels_of_blocks_and_leaves_the_rest_to_adamw(
     assert matrices
     with pytest.raises(ValueError, match="optimizer is 'sgd'; it can be adamw, muon"):
         make_optimizer("sgd", b1=0.9, b2=0.99, muon_momentum=0.95, weight_decay=0.0, clip_norm=1.0)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_first_moments_in_16_bits_take_half_and_give_nearly_the_same_updates(toy, name):
+    rates = {"b1": 0.9, "b2": 0.99, "muon_momentum": 0.95, "weight_decay": 0.0, "clip_norm": 1.0}
+    draw, updates, size = np.random.default_rng(0), {}, {}
+    gradients = [jax.tree.map(lambda p: draw.standard_normal(p.shape, np.float32), toy.params) for _ in range(3)]
+    for dtype in ("float32", "bfloat16"):
+        optimizer = make_optimizer(name, **rates, moment_dtype=dtype)
+        state = optimizer.init(toy.params)
+        for gradient in gradients:
+            update, state = jax.jit(optimizer.update)(gradient, state, toy.params)
+        updates[dtype] = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(update)])
+        assert updates[dtype].dtype == np.float32
+        size[dtype] = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(toy.params))
+    assert size["float32"] - size["bfloat16"] == 2 * numbers
+    error = np.linalg.norm(updates["bfloat16"] - updates["float32"]) / np.linalg.norm(updates["float32"])
+    assert 1e-4 < error < 0.02
