@@ -46,8 +46,8 @@ def make_optimizer(
     kernels into the nearest matrix with equal singular values, scaled to the size of AdamW's updates (Liu et al. 2025,
     with 0.2), so that learning rates carry over; everything outside the blocks, and vectors, stays with AdamW.
 
-    AdamW's first moments and Muon's momentum are kept in ``moment_dtype``, and computed in float32. Second moments change
-    by a thousandth a step, and would stand still in 16 bits.
+    AdamW's first moments and Muon's momentum are kept in ``moment_dtype``, and computed in float32. Second moments
+    change by a thousandth a step, and would stand still in 16 bits.
 
     Raises:
       ValueError: if ``name`` is not in `OPTIMIZERS`.
