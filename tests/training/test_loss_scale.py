@@ -12,10 +12,9 @@ from dit_jax.training.loss_scale import CEILING, FLOOR, GROW_EVERY, START, LossS
 from dit_jax.training.progress import Progress
 from dit_jax.training.writer import Writer
 from tests.toy import Toy
-from tests.toy_step import make_batch, make_state, make_step
+from tests.toy_step import CALM, make_batch, make_state, make_step
 
 BAD = float("inf")
-CALM = 2.0**4  # a scale at which the toy does not overflow
 
 
 def scale_of(scale: float, finite_steps: int = 0) -> LossScale:

@@ -9,10 +9,9 @@ import pytest
 from dit_jax.training.loss_scale import FLOOR, LossScale
 from dit_jax.training.skips import Skips
 from tests.toy import Toy
-from tests.toy_step import make_batch, make_state, make_step
+from tests.toy_step import CALM, make_batch, make_state, make_step
 
 BAD = float("inf")
-CALM = 2.0**8  # a loss scale at which the toy does not overflow
 
 
 @pytest.fixture(scope="module", params=[jnp.float32, jnp.float16], ids=["float32", "float16"])
