@@ -31,6 +31,8 @@ if [ "${1:-}" = --soak ]; then
   export DIT_JAX_SOAK=1
   set -- -m "not slow" "$@"
 elif [ $# = 0 ]; then
-  set -- -n 2 --dist loadfile # a file shares its compiled functions and runs, so it stays in one process
+  # a file shares its compiled functions and runs, so it stays in one process; in their order, as else the long files of
+  # one test come last and one process waits for the other
+  set -- -n 2 --dist loadfile --no-loadscope-reorder
 fi
 JAX_PLATFORMS=cpu exec "$venv/bin/python" -m pytest "$@"
