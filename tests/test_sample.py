@@ -41,6 +41,14 @@ def test_picture_i_is_the_same_alone_and_in_a_batch(pipe):
     assert np.abs(together[0] - together[1]).max() > 1
 
 
+def test_text_states_draw_what_their_captions_draw(pipe):
+    seeds = range(len(PROMPTS))
+    drawn = pipe.draw(pipe.text_encoder(PROMPTS), seeds)
+    assert np.abs(drawn.astype(int) - pipe.draw(PROMPTS, seeds)).max() <= 1  # encoded in a batch of another size
+    with pytest.raises(ConfigError, match=f"1 seeds for {len(PROMPTS)} pictures"):
+        pipe.draw(pipe.text_encoder(PROMPTS), [0])
+
+
 def test_seed_guidance_sampler_steps_and_negative_prompt_all_act(pipe):
     base = arrays(pipe(PROMPTS[:1], guidance_scale=3.0))
     assert (arrays(pipe(PROMPTS[:1], guidance_scale=3.0)) == base).all()
