@@ -23,7 +23,7 @@
 # downloaded: a small VAE and a small CLIP text encoder come with the package.
 #
 # On Colab choose *Runtime > Change runtime type > GPU* first; any of them will do. On two CPU cores training takes
-# about nine minutes.
+# nine to twenty minutes.
 
 # %% [markdown]
 # ## 1. Install
@@ -162,7 +162,8 @@ again = Pipeline.load(folder)(prompts, num_images=4, seed=0)
 print("same pictures:", all(np.array_equal(a, b) for a, b in zip(images, again, strict=True)))
 
 # %%
-print(shutil.make_archive(str(folder), "zip", folder))
+shutil.make_archive(str(folder), "zip", folder)
+print(f"{folder}.zip")
 if "google.colab" in sys.modules:
     from google.colab import files
 

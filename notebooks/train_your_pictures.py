@@ -214,7 +214,7 @@ folder = Path("exports") / "my_pictures"
 shutil.rmtree(folder, ignore_errors=True)  # of an earlier time
 export(pipe, folder, form="safetensors", dtype="float32", copy_encoders=False)
 archive = shutil.make_archive(str(folder), "zip", folder)
-print(archive)
+print(f"{folder}.zip")
 if KEEP:
     shutil.copy(archive, Path(KEEP).with_name("my_pictures.zip"))
 if "google.colab" in sys.modules:
