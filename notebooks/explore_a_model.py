@@ -183,8 +183,8 @@ show([*few, exact.astype(np.uint8)], [*errors, "exact"], f"{COUNTS[1]} evaluatio
 # %% [markdown]
 # ## 5. What is of the seed, and what of the caption?
 #
-# A row has one caption, a column one seed. Down a column colours and shapes change and much of the layout stays: where
-# things stand is decided near the noise, by the seed as much as by the words.
+# A row has one caption, a column one seed. Down a column colours and shapes change, and something of the place and the
+# background stays: that is decided near the noise, by the seed where the caption leaves it open.
 
 # %%
 columns = 3 if FAST else 8
@@ -195,9 +195,9 @@ show(rows, [" ".join(prompt.split()[1:4]) for prompt in PROMPTS], "a row is a ca
 # ## 6. Between two captions
 #
 # A caption reaches the network as text states: numbers, which can be mixed as words cannot. `pipe.text_encoder` gives
-# those of captions, and `pipe.draw` takes states in place of captions. Half-way between red and blue there need not be
-# purple: the states in between are of no caption that the model has seen, and mostly it decides for one side, at a
-# point that the seed moves. (Both captions of a pair have as many tokens: states are mixed token by token.)
+# those of captions, and `pipe.draw` takes states in place of captions. Half-way between red and blue the circle is
+# purple, between circle and star a shape of both, though no caption said so: states in between are of no caption that
+# the model has seen. (Both captions of a pair have as many tokens: states are mixed token by token.)
 
 # %%
 from dit_jax.arrays import TextStates
