@@ -47,10 +47,10 @@ def randomise(params: Any, seed: int) -> Any:
 class Toy:
     """A model with random parameters and inputs on a 4 x 6 latent grid."""
 
-    def __init__(self, **changes: Any):
+    def __init__(self, seed: int = 1, **changes: Any):
         self.model = DiT(**{**SMALL, **changes})
         m = self.model
-        self.params = randomise(jax.eval_shape(lambda key: init_params(m, key, 4, 6), jax.random.key(0)), 1)
+        self.params = randomise(jax.eval_shape(lambda key: init_params(m, key, 4, 6), jax.random.key(0)), seed)
         draw = np.random.default_rng(2)
 
         def normal(*shape: int) -> jax.Array:

@@ -12,6 +12,7 @@ from dit_jax.diffusion.process import CONVERSIONS, Process
 from dit_jax.diffusion.schedules import SCHEDULES, make_schedule
 from dit_jax.sharding import make_mesh, replicated
 from dit_jax.training.validation import LOG_SNRS, Validation, as_row, in_words, x0_errors
+from tests.toy import Toy
 
 PLACES = jnp.arange(4, dtype=jnp.int32)
 X0 = 1.5 * jax.random.normal(jax.random.key(5), (4, 6, 6, 3)) + 0.5
@@ -138,8 +139,9 @@ def score(toy, records, batch_size, devices=1):
     return validation(jax.device_put(toy.params, replicated(mesh))), len(validation)
 
 
-def test_records_are_scored_one_by_one_whatever_is_with_them(toy):
+def test_records_are_scored_one_by_one_whatever_is_with_them():
     """By hand: each good record alone, its posterior mean, its first caption, no dropout, its own shape and place."""
+    toy = Toy(seed=5)  # far from the truth at every level of noise
     bucket, bad = [0, 1, 1, 0, 1, 0, 1], (2, 5)
     records, errors = encoded(toy, bucket, bad), []
     process = Process(make_schedule("rectified_flow", 1.0), "flow")
@@ -157,7 +159,7 @@ def test_records_are_scored_one_by_one_whatever_is_with_them(toy):
             errors_of(process, lambda x_t, t, text=text: toy.apply(toy.params, x_t, t, text), x0, jnp.array([i]))
         )
     expected = np.concatenate(errors, 1).mean(1)
-    assert expected.min() > 1e-3
+    assert expected.min() > 1e-2
     for batch_size in (2, 3, 64):
         found, count = score(toy, records, batch_size)
         assert count == 5
