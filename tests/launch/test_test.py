@@ -17,7 +17,7 @@ def test_it_installs_the_test_extra_and_hands_its_arguments_to_pytest(machine):
 def test_the_whole_suite_runs_in_two_processes(machine):
     machine.add("python3", STAND_IN_PYTHON)
     machine.run("test.sh")
-    assert machine.calls()[-1] == "-m pytest -n 2 --dist loadfile"
+    assert machine.calls()[-1] == "-m pytest -n 2 --dist loadfile --no-loadscope-reorder"
 
 
 def test_the_soak_is_two_rooms_and_whatever_its_arguments_name(machine):
