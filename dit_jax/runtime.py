@@ -96,7 +96,9 @@ def set_up(allow_cpu: bool, verbose: bool, place: Place | None = None, determini
             jax.config.update("jax_compilation_cache_dir", str(cache))
         except OSError as error:
             warnings.warn(f"nothing that is compiled is kept: {cache}: {error.strerror}", stacklevel=1)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # of what a start compiles, most is small: together that takes seconds
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_threefry_partitionable", True)
     if place:
         processes.start(place)

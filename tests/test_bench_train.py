@@ -22,7 +22,7 @@ from tests.toy import Toy
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "attention_head_dim": 8, "modulation": "adaln_zero"}
 # what `bench train` does without: the packages of programs that read pictures, encoders and checkpoints
-UNNEEDED = ["orbax", "transformers", "PIL", "grain", "scipy", "safetensors", "tqdm", "huggingface_hub", "tensorboardX",
+UNNEEDED = ["orbax", "transformers", "PIL", "grain", "scipy", "safetensors", "tqdm", "huggingface_hub", "tensorboard",
             "tokenizers", "diffusers"]  # fmt: skip
 
 

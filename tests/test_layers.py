@@ -175,7 +175,7 @@ import contextlib, importlib, sys
 for name in ("main", "sample", "evaluate", "precompute", "export", "report", "doctor", "bench.__main__"):
     with contextlib.suppress(SystemExit):
         importlib.import_module(f"dit_jax.{name}").main(["--help"])
-    slow = {"jax", "flax", "optax", "orbax", "transformers", "scipy", "tensorboardX"} & sys.modules.keys()
+    slow = {"jax", "flax", "optax", "orbax", "transformers", "scipy", "tensorboard"} & sys.modules.keys()
     assert not slow, (name, slow)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)

@@ -1,8 +1,8 @@
 """Encoders as a program uses them: a name or a folder in, a network with its parameters out.
 
-The parameters are an argument of each object's own jitted functions, never part of a train state. Batches
-of any size go through in chunks whose sizes are powers of two up to a bound, so that memory stays
-bounded and only a few programs are ever compiled.
+The parameters are an argument of jitted functions, never part of a train state; equal networks share what is compiled.
+Batches of any size go through in chunks whose sizes are powers of two up to a bound, so that memory stays bounded and
+only a few programs are ever compiled.
 """
 
 import functools
@@ -18,13 +18,10 @@ from jax.typing import DTypeLike
 
 from dit_jax.arrays import Array, TextStates
 from dit_jax.encoders import networks, places, tiles, weights
-from dit_jax.encoders.clip import CLIPTextModel
 from dit_jax.encoders.describe import TextShape, VAEShape
-from dit_jax.encoders.joined import JoinedTextModel
 from dit_jax.encoders.latents import LatentScale
-from dit_jax.encoders.taesd import AutoencoderTiny
+from dit_jax.encoders.networks import TextNetwork, VAENetwork
 from dit_jax.encoders.tokenizer import LongPrompt, Tokenizer, find_tokenizer, tokenizer_files
-from dit_jax.encoders.vae import AutoencoderKL
 
 CHUNK_PIXELS = 2**20  # pixels of one VAE chunk: 256 pictures of 64 px, 4 of 512 px
 CHUNK_CAPTIONS = 256
@@ -50,7 +47,7 @@ class VAE:
         self,
         name: str,
         files: Mapping[str, Path],
-        network: AutoencoderKL | AutoencoderTiny,
+        network: VAENetwork,
         params: Any,
         latent_scale: LatentScale,
     ):
@@ -59,10 +56,6 @@ class VAE:
         self.factor = network.factor
         self.latent_scale = latent_scale
         self.shape = VAEShape(network.factor, network.latent_channels)
-        self._encode = jax.jit(lambda params, x: network.apply({"params": params}, x, method="encode"))
-        self._decode = jax.jit(
-            lambda params, x: jnp.clip(network.apply({"params": params}, x, method="decode"), -1.0, 1.0)
-        )
 
     def copy_to(self, folder: Path) -> None:
         """Copies what it was read from to a folder that `load_vae` reads, with the same hash."""
@@ -86,7 +79,7 @@ class VAE:
         height, width = _sides(images, "pictures", self.network.in_channels)
         if height % self.factor or width % self.factor:
             raise ValueError(f"pictures of {height} x {width} px: the VAE needs multiples of {self.factor}")
-        return self._tiled(self._encode, images, self.factor, 1)
+        return self._tiled(_encode, images, self.factor, 1)
 
     def decode(self, latents: Array) -> jax.Array:
         """Raw latents ``[B, h, w, C]`` to float32 pictures ``[B, height, width, 3]``, clipped to [-1, 1].
@@ -98,17 +91,17 @@ class VAE:
           ValueError: the array is no batch of latents.
         """
         _sides(latents, "latents", self.network.latent_channels)
-        return self._tiled(self._decode, latents, 1, self.factor)
+        return self._tiled(_decode, latents, 1, self.factor)
 
     def _tiled(self, run: Callable[..., Any], array: Array, in_scale: int, out_scale: int) -> Any:
-        """``run(params, array)`` in chunks and, where it is large, in tiles; scales are places per latent."""
+        """``run(network, params, array)`` in chunks and, where it is large, in tiles; scales are places per latent."""
         sides = [side // in_scale for side in np.shape(array)[1:3]]
         tile = TILE // self.factor
         h, w = (min(side, tile) for side in sides)
         limit = CHUNK_PIXELS // (h * w * self.factor**2)
 
         def chunks(rows: Array) -> Any:
-            return _in_chunks(run, self.params, (rows,), limit)
+            return _in_chunks(functools.partial(run, self.network, self.params), (rows,), limit)
 
         if max(sides) <= tile:
             return chunks(array)
@@ -136,7 +129,7 @@ class TextEncoder:
         self,
         name: str,
         files: Mapping[str, Path],
-        network: CLIPTextModel | JoinedTextModel,
+        network: TextNetwork,
         params: Any,
         tokenizer: Tokenizer,
     ):
@@ -151,7 +144,6 @@ class TextEncoder:
         self.width = network.width
         self.pooled_width = network.pooled_width
         self.shape = TextShape(network.length, network.width, network.pooled_width)
-        self._encode = jax.jit(lambda params, ids, mask: network.apply({"params": params}, ids, mask))
 
     def copy_to(self, folder: Path) -> None:
         """Copies what it was read from to a folder that `load_text_encoder` reads, with the same hash."""
@@ -191,11 +183,32 @@ class TextEncoder:
                 f"expected ids and mask [B, {self.length}] of at least one caption, or of some in pieces of as many,"
                 f" got {np.shape(ids)} and {np.shape(mask)}"
             )
+        run = functools.partial(_encode_tokens, self.network, self.params)
         if pieces == 1:
-            return _in_chunks(self._encode, self.params, (ids, mask), CHUNK_CAPTIONS)
+            return _in_chunks(run, (ids, mask), CHUNK_CAPTIONS)
         cuts = [slice(k * self.length, (k + 1) * self.length) for k in range(pieces)]
         arrays = [(ids[:, cut], mask[:, cut]) for cut in cuts]
-        return _side_by_side([_in_chunks(self._encode, self.params, pair, CHUNK_CAPTIONS) for pair in arrays])
+        return _side_by_side([_in_chunks(run, pair, CHUNK_CAPTIONS) for pair in arrays])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(network: VAENetwork | TextNetwork, *args: Any) -> Any:
+    return network.init(*args)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(network: VAENetwork, params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return network.apply({"params": params}, images, method="encode")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(network: VAENetwork, params: Any, latents: jax.Array) -> jax.Array:
+    return jnp.clip(network.apply({"params": params}, latents, method="decode"), -1.0, 1.0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode_tokens(network: TextNetwork, params: Any, ids: jax.Array, mask: jax.Array) -> TextStates:
+    return network.apply({"params": params}, ids, mask)
 
 
 @jax.jit
@@ -226,7 +239,7 @@ def load_vae(path: str | Path, dtype: DTypeLike = jnp.float32) -> VAE:
     network, latent_scale = networks.open_vae(folder, dtype)
     key, side = jax.random.key(0), 2 * network.factor
     image = jax.ShapeDtypeStruct((1, side, side, network.in_channels), jnp.float32)
-    shapes = jax.eval_shape(network.init, key, image, key)["params"]
+    shapes = _init.eval_shape(network, key, image, key)["params"]
     (params,) = _read_params([folder], [shapes], weights.VAE_PREFIX)
     return VAE(str(path), _by_name(_network_files(folder), ""), network, params, latent_scale)
 
@@ -259,7 +272,7 @@ def load_text_encoder(
             raise ValueError(f"the tokenizers in {tokenizer_folders[0]} and {folder} differ; one must serve all towers")
     ids = jax.ShapeDtypeStruct((1, network.length), jnp.int32)
     mask = jax.ShapeDtypeStruct(ids.shape, bool)
-    shapes = jax.eval_shape(network.init, jax.random.key(0), ids, mask)["params"]
+    shapes = _init.eval_shape(network, jax.random.key(0), ids, mask)["params"]
     if len(folders) == 1:
         (params,) = _read_params(folders, [shapes], weights.TEXT_PREFIX)
         files = _by_name([*_network_files(folders[0]), *tokenizer_files(tokenizer_folders[0])], "")
@@ -310,8 +323,8 @@ def _sides(array: Array, what: str, channels: int) -> tuple[int, int]:
     return shape[1], shape[2]
 
 
-def _in_chunks(run: Callable[..., Any], params: Any, arrays: tuple[Array, ...], limit: int) -> Any:
-    """``run(params, *arrays)`` over at most ``limit`` rows at a time, padded to a power of two.
+def _in_chunks(run: Callable[..., Any], arrays: tuple[Array, ...], limit: int) -> Any:
+    """``run(*arrays)`` over at most ``limit`` rows at a time, padded to a power of two.
 
     Cutting and padding happen on the host, where they compile nothing; a batch that needs neither stays
     where it is.
@@ -319,7 +332,7 @@ def _in_chunks(run: Callable[..., Any], params: Any, arrays: tuple[Array, ...], 
     limit = 1 << max(limit, 1).bit_length() - 1
     total = len(arrays[0])
     if total <= limit and total == _power_of_two_above(total):
-        return run(params, *jax.device_put(arrays))
+        return run(*jax.device_put(arrays))
     arrays = jax.device_get(arrays)
     parts = []
     for start in range(0, total, limit):
@@ -327,7 +340,7 @@ def _in_chunks(run: Callable[..., Any], params: Any, arrays: tuple[Array, ...], 
         count = len(rows[0])
         missing = _power_of_two_above(count) - count
         padded = [np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) for array in rows]
-        parts.append(_first_rows(run(params, *jax.device_put(padded)), count))
+        parts.append(_first_rows(run(*jax.device_put(padded)), count))
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 

@@ -15,6 +15,8 @@ from dit_jax.encoders.taesd import SCALING_FACTOR, AutoencoderTiny
 from dit_jax.encoders.vae import AutoencoderKL
 
 Config = dict[str, Any]
+VAENetwork = AutoencoderKL | AutoencoderTiny
+TextNetwork = CLIPTextModel | JoinedTextModel
 
 # What the published classes assume for a key that config.json leaves out.
 TEXT_DEFAULTS: Config = {
@@ -144,7 +146,7 @@ def vision_network(config: Config, *, project: bool, dtype: DTypeLike) -> CLIPVi
     return CLIPVisionModel(**_tower_fields(config, "vision_config", VISION_DEFAULTS, project), dtype=dtype)
 
 
-def vae_network(config: Config, *, dtype: DTypeLike) -> AutoencoderKL | AutoencoderTiny:
+def vae_network(config: Config, *, dtype: DTypeLike) -> VAENetwork:
     """The VAE of an AutoencoderKL or AutoencoderTiny config.
 
     Raises:
@@ -166,7 +168,7 @@ def latent_scale(config: Config) -> LatentScale:
     return scale_from_factors(**factors, channels=_with_defaults(config, VAE_DEFAULTS)["latent_channels"])
 
 
-def open_vae(folder: Path, dtype: DTypeLike) -> tuple[AutoencoderKL | AutoencoderTiny, LatentScale]:
+def open_vae(folder: Path, dtype: DTypeLike) -> tuple[VAENetwork, LatentScale]:
     """The VAE of a folder, without its weights, and the map of its latents.
 
     Raises:
@@ -180,7 +182,7 @@ def open_vae(folder: Path, dtype: DTypeLike) -> tuple[AutoencoderKL | Autoencode
 
 def open_text(
     folders: Sequence[Path], skip_layers: int | None, final_norm: bool | None, dtype: DTypeLike
-) -> CLIPTextModel | JoinedTextModel:
+) -> TextNetwork:
     """The text encoder of one folder or several, without its weights.
 
     Args:

@@ -63,10 +63,13 @@ def abstract_state(
     Raises:
       ValueError: parameters cannot lie on this mesh.
     """
-    shapes = jax.eval_shape(functools.partial(_fresh_state, model, optimizer, h, w), jax.random.key(0))
+    shapes = _fresh_state.eval_shape(model, optimizer, h, w, jax.random.key(0))
     return with_sharding(shapes, state_shardings(shapes, shapes.params, mesh))
 
 
+@functools.partial(
+    jax.jit, static_argnums=(0, 1, 2, 3)
+)  # for its trace, which two programs and many shapes are made of
 def _fresh_state(model: DiT, optimizer: optax.GradientTransformation, h: int, w: int, key: jax.Array) -> TrainState:
     params = init_params(model, key, h, w)
     ema = jax.tree.map(jnp.copy, params)  # not the same arrays: the step may donate both

@@ -8,6 +8,7 @@ The file is a sequence of records: length (8 bytes), its checksum (4), an ``Even
 checksums are masked CRC-32C (the format TFRecord).
 """
 
+import io
 import socket
 import struct
 import time
@@ -16,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-MASK = 0xA282EAD8  # added to rotated checksums, as TFRecord has it
 
 
 class Board:
@@ -37,18 +36,20 @@ class Board:
 
     def numbers(self, step: int, row: Mapping[str, float]) -> None:
         """A point in the curve of each number."""
-        from tensorboardX.summary import scalar
-
-        self._add(step, summary={"value": [scalar(name, value).value[0] for name, value in row.items()]})
+        self._add(step, summary={"value": [{"tag": name, "simple_value": value} for name, value in row.items()]})
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """A picture, uint8 ``[height, width, 3]``."""
-        from tensorboardX.summary import image as summary_of
+        from PIL import Image
 
-        self._add(step, summary=summary_of(name, image, dataformats="HWC"))
+        height, width, channels = image.shape
+        png = io.BytesIO()
+        Image.fromarray(image).save(png, format="PNG")
+        told = {"height": height, "width": width, "colorspace": channels, "encoded_image_string": png.getvalue()}
+        self._add(step, summary={"value": [{"tag": name, "image": told}]})
 
     def _add(self, step: int, **what: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboard.compat.proto.event_pb2 import Event
 
         data = Event(wall_time=time.time(), step=step, **what).SerializeToString()
         length = struct.pack("<Q", len(data))
@@ -57,7 +58,6 @@ class Board:
 
 
 def _checksum(data: bytes) -> bytes:
-    from tensorboardX.crc32c import crc32c
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
-    crc = crc32c(data)
-    return struct.pack("<I", (((crc >> 15) | (crc << 17)) + MASK) & 0xFFFFFFFF)
+    return struct.pack("<I", masked_crc32c(data))

@@ -44,10 +44,10 @@ def test_rows_do_not_depend_on_chunks_and_few_programs_are_compiled(vae: frozen.
     monkeypatch.setattr(frozen, "CHUNK_PIXELS", 5 * 8 * 12)  # chunks of 4, 4 and 3
     for found, expected in zip((*vae.encode(images), vae.decode(mean)), (mean, std, decoded), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5)
-    before = vae._encode._cache_size()
+    before = frozen._encode._cache_size()
     for B in range(1, 12):
         assert vae.encode(images[:B])[0].shape[0] == B
-    assert vae._encode._cache_size() <= before + 2  # of 1 and 2 rows; 4 was there
+    assert frozen._encode._cache_size() <= before + 2  # of 1 and 2 rows; 4 was there
 
 
 def test_decoded_pictures_stay_in_range(vae: frozen.VAE):

@@ -48,12 +48,12 @@ def test_the_wheel_names_its_licence_and_pythons(wheel):
     assert "Requires-Python: <3.15,>=3.11" in lines
 
 
-def test_from_the_wheel_in_an_empty_folder_a_run_draws(wheel, short_run, tmp_path):
+def test_from_the_wheel_in_an_empty_folder_a_run_draws(wheel, tiny_run, tmp_path):
     installed, empty = tmp_path / "installed", tmp_path / "empty"
     zipfile.ZipFile(wheel).extractall(installed)
     empty.mkdir()
     done = subprocess.run(
-        [sys.executable, "-m", "dit_jax.sample", f"--model={short_run.workdir}", "--prompt=a small red circle"],
+        [sys.executable, "-m", "dit_jax.sample", f"--model={tiny_run}", "--prompt=a small red circle"],
         cwd=empty,
         env={**os.environ, "PYTHONPATH": str(installed)},
         capture_output=True,
