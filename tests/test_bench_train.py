@@ -1,5 +1,6 @@
 """Speed of the train step: what is compared is equal, what is printed follows from what was timed, little is needed."""
 
+import functools
 import json
 import re
 import subprocess
@@ -17,7 +18,6 @@ from dit_jax.bench.rounds import interleave, ratio
 from dit_jax.models import layers
 from dit_jax.models.flops import training_flops
 from dit_jax.sharding import make_mesh
-from tests.toy import Toy
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "attention_head_dim": 8, "modulation": "adaln_zero"}
@@ -127,29 +127,32 @@ jax.eval_shape(bench.step, jax.eval_shape(lambda: bench.state(train.make_mesh(ja
     assert done.returncode == 0, done.stderr
 
 
-def gradient_of_toy() -> list[np.ndarray]:
-    """As the functions are now."""
-    toy = Toy(text_mode="pooled", num_layers=1)
-
-    def loss(params):
-        out = toy.model.apply({"params": params}, toy.x, toy.t, toy.text, train=False)
-        return jnp.square(out).mean()
-
-    return jax.tree.leaves(jax.device_get(jax.jit(jax.grad(loss))(toy.params)))
+@pytest.fixture
+def make_tiny(tiny) -> ablation.MakeBench:
+    return functools.partial(presets.make_bench, "small", 4, "float32", 0.0)
 
 
-@pytest.fixture(scope="module")
-def gradient() -> list[np.ndarray]:
-    return gradient_of_toy()
+@pytest.mark.usefixtures("tiny")
+def test_a_choice_changes_how_and_not_what_is_computed(make_tiny):
+    """And changes something: what takes the place of a function that is no longer called is found."""
+    ours = ablation.ours(make_tiny)
+    expected, text = [jax.device_get(ours.run()) for _ in range(3)], ours.program.as_text()
+    for choice, (_, otherwise) in ablation.CHOICES.items():
+        other = otherwise(make_tiny)
+        for step, found in zip(expected, [other.run() for _ in range(3)], strict=True):
+            for name in ("loss", "grad_norm"):
+                np.testing.assert_allclose(found[name], step[name], rtol=1e-3, err_msg=f"{choice}: {name}")
+        assert other.program.as_text() != text and other.bytes > 0, choice
 
 
-@pytest.mark.parametrize("choice", ablation.CHOICES, ids=lambda choice: choice.name)
-def test_a_choice_changes_how_and_not_what_is_computed(gradient, choice, monkeypatch):
-    traced = []
-    monkeypatch.setattr(choice.where, choice.name, lambda *a, **k: traced.append(1) or choice.otherwise(*a, **k))
-    for expected, found in zip(gradient, gradient_of_toy(), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
-    assert traced
+@pytest.mark.usefixtures("tiny")
+def test_the_ablation_is_a_table_of_all_choices(capsys, monkeypatch):
+    one = dict([*ablation.CHOICES.items()][:1])
+    monkeypatch.setattr(ablation, "CHOICES", one)
+    main(["ablation", "--preset=small", "--rounds=2"])
+    (choice,) = one
+    row = rf"^\| {re.escape(choice)} \| JAX's \| \d+\.\d\d \(\d+\.\d\d to \d+\.\d\d\) \| \d\.\d\d \|$"
+    assert re.search(row, capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -4,7 +4,9 @@ Random parameters that are nowhere zero, a random batch, 32 x 32 x 4 latents and
 encoders are needed, and no gate that starts at zero hides what lies behind it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -83,11 +85,14 @@ class Bench:
         return replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
 
 
-def make_bench(preset: str, batch: int, dtype: str, dropout: float) -> Bench:
-    """One of `PRESETS` with so many pictures a step."""
+def make_bench(
+    preset: str, batch: int, dtype: str, dropout: float, changes: Mapping[str, Any] = MappingProxyType({})
+) -> Bench:
+    """One of `PRESETS` with so many pictures a step, and changes of the config by dotted key."""
     config = load_config("configs/default.py", {})
     config.batch_size, config.dtype = batch, dtype
     config.model.update(PRESETS[preset].model | TEXT | {"dropout": dropout})
+    config.update_from_flattened_dict(changes)
     model = build.make_model(config, build.compute_dtype(dtype, jax.devices()[0]))
     process = build.make_process(config)
     optimizer, learning_rate = build.make_optimizer(config)

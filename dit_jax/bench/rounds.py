@@ -7,7 +7,7 @@ the quartiles say how sure it is.
 
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,7 @@ class Ratio(NamedTuple):
         return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
-def interleave(candidates: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, np.ndarray]:
+def interleave(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
     """Seconds of every candidate in every round, ``[rounds]`` each; every one has run once before, unmeasured.
 
     Args:

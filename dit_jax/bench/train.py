@@ -78,7 +78,7 @@ def _measure_row(
     sizes = compiled_bytes(made.program)
     yield ", ".join(f"{what} {n / MIB:,.0f} MiB" for what, n in sizes.items()), {"bytes": sizes}
 
-    candidates = {"dit_jax": stepper(made.program, state, batch)}
+    candidates: dict[str, Callable[[], Any]] = {"dit_jax": stepper(made.program, state, batch)}
     if against_torch:
         from dit_jax.bench import agreement, reference
 
@@ -110,13 +110,13 @@ def _measure_row(
         yield (line if not dropout else f"with dropout, {line}"), {f"ratio to {name}": compared._asdict()}
 
 
-def stepper(program: jax.stages.Compiled, state: Any, batch: Any) -> Callable[[], None]:
-    """Takes a step when called, and waits for it; the state is used up."""
+def stepper(program: jax.stages.Compiled, state: Any, batch: Any) -> Callable[[], dict[str, jax.Array]]:
+    """Takes a step when called, waits for it and returns its metrics; the state is used up."""
 
-    def step() -> None:
+    def step() -> dict[str, jax.Array]:
         nonlocal state
         state, metrics = program(state, batch)
-        jax.block_until_ready(metrics)
+        return jax.block_until_ready(metrics)
 
     return step
 
