@@ -39,6 +39,7 @@ def tiny() -> Iterator[None]:
 
         patch.setattr(sample, "compile_for", compile_once)
         patch.setattr(sample, "empty_cache", contextlib.nullcontext)
+        patch.setitem(sample.VAE_CONFIG, "block_out_channels", (32, 32))
         yield
 
 
@@ -57,8 +58,11 @@ def test_bench_sample_compares_what_draws_the_same_and_its_figures_follow_from_i
     agreements = [part["agreement eager"] for part in parts if "agreement eager" in part]
     assert len(agreements) == 2 and max(agreements) < 1e-3
     rows = {(part["name"], part["batch"]): part for part in parts if "evaluations" in part}
-    names = ["dit_jax", "dit_jax, guided from 0.8 to 0.2", "torch eager", "torch compile"]
+    names = ["dit_jax", "dit_jax, guided from 0.8 to 0.2", "the VAE's decoder", "torch eager", "torch compile"]
     assert list(rows) == [(name, B) for B in (1, 2) for name in names]
+    share = next(part["share of the VAE"] for part in parts if "share of the VAE" in part)
+    decoding, sampling = (np.asarray(rows[name, 2]["seconds"]) for name in ("the VAE's decoder", "dit_jax"))
+    assert share["median"] == pytest.approx(np.median(decoding / (decoding + sampling)))
     for (_, B), row in rows.items():
         assert len(row["seconds"]) == 3
         assert row["images_per_second"] == pytest.approx(B / np.median(row["seconds"]))

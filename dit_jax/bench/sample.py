@@ -2,7 +2,7 @@
 
 The guidance scale is 4, and both answers that guidance compares come from one batch of 2 B. A second row leaves
 guidance out at the times outside `INTERVAL`, where a step then costs one evaluation in place of two. Text states are
-given; what a VAE makes of the latents is not measured, since `dit_jax.encoders` needs packages that this does without.
+given. Where the packages are there that `dit_jax.encoders` needs, a VAE of the published size decodes the latents.
 """
 
 import copy
@@ -32,6 +32,9 @@ from dit_jax.trees import count_parameters
 BATCH = {"cpu": 4}  # pictures at once, by backend
 ACCELERATOR_BATCH = 64
 GUIDANCE_SCALE = 4.0
+# of the published VAE (Rombach et al., arXiv:2112.10752): 83.7 M parameters
+VAE_CONFIG = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
+DECODER = "the VAE's decoder"
 ALWAYS, INTERVAL = (0.0, 1.0), (0.2, 0.8)  # times at which a step is guided
 
 
@@ -92,6 +95,10 @@ def _measure_batch(
     }
     first, *_ = made
     candidates: dict[str, Callable[[], Any]] = {name: run.draw for name, run in made.items()}
+    try:
+        candidates[DECODER] = decoder(bench, made[first].draw())
+    except ImportError as error:
+        yield f"{DECODER}: not measured, {error}", {DECODER: str(error)}
     if against_torch:
         from dit_jax.bench import agreement, reference
 
@@ -116,10 +123,12 @@ def _measure_batch(
     seconds = interleave({name: waiting(draw) for name, draw in candidates.items()}, rounds)
     for name, taken in seconds.items():
         median, run = float(np.median(taken)), made.get(name)
-        evaluations = run.evaluations if run else made[first].evaluations
+        decodes = name == DECODER
+        evaluations = 0 if decodes else run.evaluations if run else made[first].evaluations
         compiled = f"{run.seconds:.1f}" if run else ""
+        a_step = "" if decodes else f"{median / steps:.4f}"
         yield (
-            f"| {name} | {B} | {evaluations} | {compiled} | {median:.3f} | {median / steps:.4f} | {B / median:.2f} |",
+            f"| {name} | {B} | {evaluations} | {compiled} | {median:.3f} | {a_step} | {B / median:.2f} |",
             {
                 "name": name,
                 "batch": B,
@@ -130,7 +139,10 @@ def _measure_batch(
             },
         )
     yield "", {}
-    for name in [name for name in seconds if name != first]:
+    if DECODER in seconds:
+        share = ratio(seconds[DECODER], seconds[DECODER] + seconds[first])
+        yield f"{before}share of {DECODER}: {share}", {f"{before}share of the VAE": share._asdict()}
+    for name in [name for name in seconds if name not in (first, DECODER)]:
         # the line that others read is that of the batch that was asked for
         way = f"{before}ratio to {name}"
         compared = ratio(seconds[name], seconds[first])
@@ -140,6 +152,21 @@ def _measure_batch(
 def waiting(draw: Callable[[], Any]) -> Callable[[], None]:
     """The same, until the device is done."""
     return lambda: jax.block_until_ready(draw())
+
+
+def decoder(bench: presets.Bench, latents: jax.Array) -> Callable[[], jax.Array]:
+    """Pictures of raw latents, by a VAE with random parameters in the type in which a pipeline decodes.
+
+    Raises:
+      ImportError: for want of what encoders are read with.
+    """
+    from dit_jax.encoders import VAE
+    from dit_jax.encoders.networks import latent_scale, vae_network
+
+    network = vae_network(VAE_CONFIG, dtype=jnp.float32)
+    image, key = jnp.zeros((1, 2 * network.factor, 2 * network.factor, 3)), jax.random.key(presets.KEY)
+    vae = VAE("random", {}, network, jax.jit(network.init)(key, image, key)["params"], latent_scale(VAE_CONFIG))
+    return lambda: vae.decode(latents, build.decoding_dtype(bench.model.dtype))
 
 
 def inputs(bench: presets.Bench, B: int) -> tuple[jax.Array, TextStates]:

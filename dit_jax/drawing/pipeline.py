@@ -292,11 +292,13 @@ class Pipeline:
         import jax
         import jax.numpy as jnp
 
+        from dit_jax.build import decoding_dtype
+
         if negative is not None:
             negative = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(seeds), *a.shape[1:])), negative)
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
         latents = self._compiled(plan)(self.params, keys, text, negative, scale, known)
-        pixels = np.asarray(self.vae.decode(latents), np.float32)
+        pixels = np.asarray(self.vae.decode(latents, decoding_dtype(self._model.dtype)))
         return np.round((pixels + 1.0) * 127.5).astype(np.uint8)
 
     def _compile(self, plan: "Plan") -> Any:

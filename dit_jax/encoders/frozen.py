@@ -79,29 +79,34 @@ class VAE:
         height, width = _sides(images, "pictures", self.network.in_channels)
         if height % self.factor or width % self.factor:
             raise ValueError(f"pictures of {height} x {width} px: the VAE needs multiples of {self.factor}")
-        return self._tiled(_encode, images, self.factor, 1)
+        return self._tiled(functools.partial(_encode, self.network), images, self.factor, 1)
 
-    def decode(self, latents: Array) -> jax.Array:
+    def decode(self, latents: Array, dtype: DTypeLike | None = None) -> jax.Array:
         """Raw latents ``[B, h, w, C]`` to float32 pictures ``[B, height, width, 3]``, clipped to [-1, 1].
 
         A side of more than 1,024 px is decoded in overlapping tiles, which are blended: memory stays bounded,
         and the result is an approximation, as norms and attention see one tile at a time.
 
+        Args:
+          latents: of B pictures.
+          dtype: compute type, bfloat16 or float32; None is the network's.
+
         Raises:
-          ValueError: the array is no batch of latents.
+          ValueError: the array is no batch of latents, or the type is float16.
         """
         _sides(latents, "latents", self.network.latent_channels)
-        return self._tiled(_decode, latents, 1, self.factor)
+        network = self.network if dtype is None else self.network.clone(dtype=_checked_dtype(dtype))
+        return self._tiled(functools.partial(_decode, network), latents, 1, self.factor)
 
     def _tiled(self, run: Callable[..., Any], array: Array, in_scale: int, out_scale: int) -> Any:
-        """``run(network, params, array)`` in chunks and, where it is large, in tiles; scales are places per latent."""
+        """``run(params, array)`` in chunks and, where it is large, in tiles; scales are places per latent."""
         sides = [side // in_scale for side in np.shape(array)[1:3]]
         tile = TILE // self.factor
         h, w = (min(side, tile) for side in sides)
         limit = CHUNK_PIXELS // (h * w * self.factor**2)
 
         def chunks(rows: Array) -> Any:
-            return _in_chunks(functools.partial(run, self.network, self.params), (rows,), limit)
+            return _in_chunks(functools.partial(run, self.params), (rows,), limit)
 
         if max(sides) <= tile:
             return chunks(array)
@@ -233,8 +238,7 @@ def load_vae(path: str | Path, dtype: DTypeLike = jnp.float32) -> VAE:
       FileNotFoundError: there is no such folder, or a file is absent.
       ValueError: the folder holds another network, weights that do not fit, or only pickles.
     """
-    if jnp.dtype(dtype) == jnp.float16:
-        raise ValueError("dtype float16 overflows in VAE decoders (black pictures); valid: bfloat16, float32")
+    dtype = _checked_dtype(dtype)
     (folder,) = places.find(path, "vae")
     network, latent_scale = networks.open_vae(folder, dtype)
     key, side = jax.random.key(0), 2 * network.factor
@@ -284,6 +288,13 @@ def load_text_encoder(
         for folder in tokenizer_folders:
             files |= _by_name(tokenizer_files(folder), f"{folder.name}/")
     return TextEncoder(str(path), files, network, params, tokenizer)
+
+
+def _checked_dtype(dtype: DTypeLike) -> DTypeLike:
+    """The compute type of a VAE, once it is seen that it can be."""
+    if jnp.dtype(dtype) == jnp.float16:
+        raise ValueError("dtype float16 overflows in VAE decoders (black pictures); valid: bfloat16, float32")
+    return dtype
 
 
 def _network_files(folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@ import logging
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -43,6 +44,18 @@ def arrays(images):
 def round_trip(pipe, picture):
     pixels = np.asarray(picture, np.float32)[None] / 127.5 - 1
     return np.round((np.asarray(pipe.vae.decode(pipe.vae.encode(pixels)[0])) + 1) * 127.5).astype(np.int32)
+
+
+@pytest.mark.parametrize(("dtype", "decoded_in"), [("bfloat16", jnp.bfloat16), ("float16", jnp.float32)])
+def test_pictures_are_decoded_in_the_type_of_the_model_but_never_in_float16(pipe, dtype, decoded_in, monkeypatch):
+    config = pipe.config.copy_and_resolve_references()
+    config.dtype = dtype
+    types, decode = [], pipe.vae.decode
+    monkeypatch.setattr(pipe.vae, "decode", lambda latents, dtype: types.append(dtype) or decode(latents, dtype))
+    found = Pipeline(config, pipe.vae, pipe.text_encoder, pipe.params, pipe.trained).draw([RED], [5], steps=2)
+    assert types == [decoded_in]
+    error = found.astype(np.float32) - pipe.draw([RED], [5], steps=2)
+    assert np.sqrt(np.mean(error**2)) < 3  # levels of 255
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m"])

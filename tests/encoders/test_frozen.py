@@ -156,9 +156,21 @@ def test_a_copy_is_the_same_encoder(load, case: str, tmp_path: Path):
     jax.tree.map(np.testing.assert_array_equal, copy.params, original.params)
 
 
-def test_float16_is_refused_for_the_vae():
-    with pytest.raises(ValueError, match="valid: bfloat16, float32"):
-        load_vae(GOLDEN / "vae_sd", jnp.float16)
+def test_a_vae_may_decode_in_another_type_than_it_encodes_in(vae: frozen.VAE):
+    latents = np.random.default_rng(0).normal(size=(2, 4, 6, 16)).astype(np.float32)
+    half = vae.decode(latents, jnp.bfloat16)
+    np.testing.assert_array_equal(half, load_vae(GOLDEN / "vae_sd3", jnp.bfloat16).decode(latents))
+    error = np.abs(half - vae.decode(latents)).max()
+    assert half.dtype == jnp.float32 and 0 < error < 0.05
+
+
+def test_float16_is_refused_for_the_vae(vae: frozen.VAE):
+    for use in (
+        lambda: load_vae(GOLDEN / "vae_sd", jnp.float16),
+        lambda: vae.decode(np.zeros((1, 4, 4, 16)), "float16"),
+    ):
+        with pytest.raises(ValueError, match="valid: bfloat16, float32"):
+            use()
 
 
 def test_arrays_that_do_not_fit_are_refused(vae: frozen.VAE, text: frozen.TextEncoder):
