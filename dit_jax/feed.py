@@ -8,6 +8,7 @@ All three give the same batches for the same config and records, but where all r
 are left out where that is known beforehand, and pictures of other shapes stand in with ``every_step``.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Generator
@@ -24,7 +25,7 @@ from dit_jax.data.bad_records import BadRecords, Replaced, too_many
 from dit_jax.data.buckets import assign, sizes_of
 from dit_jax.data.cache.gather import Cache, in_memory
 from dit_jax.data.cache.parts import Pictures, Table, Texts, Unit, flat, mismatches, tabulate, units
-from dit_jax.data.loader import batches
+from dit_jax.data.loader import Sample, Samples, batches
 from dit_jax.data.order import Order, caption_words, is_mirrored
 from dit_jax.data.sources.records import Source
 from dit_jax.encoders import VAE, TextEncoder
@@ -94,60 +95,21 @@ def open_feed(
       ConfigError: a cache that was made in another way than the config says.
       DataError: a data set that cannot be read.
     """
-    data = config.data
-    images = None
     if isinstance(source, Cache):
-        check_cache(config, source, vae, text_encoder)
-        check_bad(config, source)
-        order = build.make_order(config, source, source.bucket).without(source.bad)
-        flip = source.mirrored and data.flip != "off"
-        records = gathered_records(config, source, order)
-        encoded_batches = gathered_batches(config, source, records, flip)
-        shapes = source.shapes
-        say_long(*source.captions_of_length(text_encoder.length), text_encoder.length, say)
-        if source.bad.any():
-            say(f"bad records: {source.bad.sum():,}, replaced by others, listed in bad_records.jsonl of the cache")
+        coming = from_cache(config, source, vae, text_encoder, say)
     else:
-        bad_records = build.make_bad_records(config, processes.own_file(workdir / "bad_records.jsonl"), len(source))
-        shapes = build.make_shapes(config, vae.factor)
-        bucket = find_buckets(source, shapes, data.patience, say)
-        order = build.make_order(config, source, bucket)
-        samples = build.make_samples(config, source, order, shapes)
-        some, what = range(min(FIRST, config.batch_size)), f"reading {source.name}"
-        first = list(in_threads(samples.__getitem__, some, THREADS, FIRST, data.patience, what))
-        images = np.stack([sample.image for sample in first])
-        if data.encode == "once":
-            cache = encode_once(config, source, bucket, shapes, samples.flip, vae, text_encoder, bad_records, say)
-            order = order.without(cache.bad)
-            records = gathered_records(config, cache, order)
-            encoded_batches = gathered_batches(config, cache, records, samples.flip)
-            say_long(*cache.captions_of_length(text_encoder.length), text_encoder.length, say)
-        else:
-            tokenize = functools.partial(encode.tokenize_quietly, text_encoder)
-            full = tokenize([sample.caption for sample in first])[1].all(1)
-            longest = first[int(full.argmax())].caption
-            say_long(int(full.sum()), longest, text_encoder.length, say, f" of the first {len(first)}")
-
-            def records(step: int) -> np.ndarray:  # whose turn it was; what stood in for bad ones is in their list
-                return order.indices(np.arange(step * config.batch_size, (step + 1) * config.batch_size))
-
-            def encoded_batches(start: int, stop: int, rows: range) -> Generator[EncodedBatch, None, None]:
-                how = THREADS, data.workers, data.patience
-                raw = batches(samples, tokenize, bad_records, start, stop, rows, *how)
-                return encode.encode_every_step(raw, vae, text_encoder, data.storage_dtype)
-
-        if bad_records:
-            say(f"bad records: {len(bad_records)}, replaced by others, listed in {bad_records.path}")
+        coming = from_source(config, workdir, source, vae, text_encoder, say)
     if not config.latents.scale:
-        fill_latents(config, vae, encoded_batches, len(source))
-    say_start_check(config, encoded_batches, images, vae, preview, say)
-    grids = [tuple(side // vae.factor for side in shapes[bucket]) for bucket in order.used]
+        fill_latents(config, vae, coming.batches, len(source))
+    say_start_check(config, coming.batches, coming.images, vae, preview, say)
+    sides = [coming.shapes[bucket] for bucket in coming.order.used]
+    grids = [(height // vae.factor, width // vae.factor) for height, width in sides]
 
     def ids(steps: range) -> dict[int, list[str]]:
         names = list(source.ids())
-        return {step: [names[index] for index in records(step - 1)] for step in steps}
+        return {step: [names[index] for index in coming.records(step - 1)] for step in steps}
 
-    return Feed(encoded_batches, ids, grids)
+    return Feed(coming.batches, ids, grids)
 
 
 def open_validation(
@@ -180,6 +142,110 @@ def open_validation(
         raise DataError(f"all {bad:,} records of {config.data.source} to validate on are bad")
     say(f"validation: {len(cache) - bad:,} records" + (f", {bad:,} bad ones left out" if bad else ""))
     return cache
+
+
+# --------------------------------------------------------------------------------------------------- the three ways
+
+
+class Coming(NamedTuple):
+    """What comes of the records of a run, in one of the three ways.
+
+    Attributes:
+      order: of the records.
+      shapes: height and width of the pictures of each bucket.
+      records: step -> the records of its batch, int64 ``[B]``.
+      batches: as those of `Feed`.
+      images: the first pictures, uint8 ``[F, height, width, 3]``; None where only their latents are there.
+    """
+
+    order: Order
+    shapes: tuple[tuple[int, int], ...]
+    records: Callable[[int], np.ndarray]
+    batches: Batches
+    images: np.ndarray | None
+
+
+def from_cache(config: ConfigDict, cache: Cache, vae: VAE, text_encoder: TextEncoder, say: Say) -> Coming:
+    """The records of a cache on disk.
+
+    Raises:
+      ConfigError: it was made in another way than the config says.
+      DataError: too many of its records are bad.
+    """
+    check_cache(config, cache, vae, text_encoder)
+    check_bad(config, cache)
+    order = build.make_order(config, cache, cache.bucket).without(cache.bad)
+    records = gathered_records(config, cache, order)
+    encoded_batches = gathered_batches(config, cache, records, cache.mirrored and config.data.flip != "off")
+    say_long(*cache.captions_of_length(text_encoder.length), text_encoder.length, say)
+    if cache.bad.any():
+        say(f"bad records: {cache.bad.sum():,}, replaced by others, listed in bad_records.jsonl of the cache")
+    return Coming(order, cache.shapes, records, encoded_batches, None)
+
+
+def from_source(
+    config: ConfigDict, workdir: Path, source: Source, vae: VAE, text_encoder: TextEncoder, say: Say
+) -> Coming:
+    """Pictures and captions, encoded now or at every step.
+
+    Raises:
+      DataError: the data set cannot be read, or too many records are bad.
+    """
+    bad_records = build.make_bad_records(config, processes.own_file(workdir / "bad_records.jsonl"), len(source))
+    shapes = build.make_shapes(config, vae.factor)
+    bucket = find_buckets(source, shapes, config.data.patience, say)
+    samples = build.make_samples(config, source, build.make_order(config, source, bucket), shapes)
+    if config.data.encode == "once":
+        cache = encode_once(config, source, bucket, shapes, samples.flip, vae, text_encoder, bad_records, say)
+        # a shape whose pictures are all bad has no turn, and the first pictures are others
+        samples = dataclasses.replace(samples, order=samples.order.without(cache.bad))
+        first = first_samples(config, samples)
+        records = gathered_records(config, cache, samples.order)
+        encoded_batches = gathered_batches(config, cache, records, samples.flip)
+        say_long(*cache.captions_of_length(text_encoder.length), text_encoder.length, say)
+    else:
+        first = first_samples(config, samples)
+        tokenize = functools.partial(encode.tokenize_quietly, text_encoder)
+        full = tokenize([sample.caption for sample in first])[1].all(1)
+        longest = first[int(full.argmax())].caption
+        say_long(int(full.sum()), longest, text_encoder.length, say, f" of the first {len(first)}")
+        records = turns(config, samples.order)
+        encoded_batches = batches_of_every_step(config, samples, tokenize, bad_records, vae, text_encoder)
+    if bad_records:
+        say(f"bad records: {len(bad_records)}, replaced by others, listed in {bad_records.path}")
+    images = np.stack([sample.image for sample in first])
+    return Coming(samples.order, shapes, records, encoded_batches, images)
+
+
+def first_samples(config: ConfigDict, samples: Samples) -> list[Sample]:
+    """What the start check looks at."""
+    some, what = range(min(FIRST, config.batch_size)), f"reading {samples.source.name}"
+    return list(in_threads(samples.__getitem__, some, THREADS, FIRST, config.data.patience, what))
+
+
+def turns(config: ConfigDict, order: Order) -> Callable[[int], np.ndarray]:
+    """Step -> the records whose turn it is, int64 ``[B]``; what stands in for bad ones is in their list."""
+    B = config.batch_size
+    return lambda step: order.indices(np.arange(step * B, (step + 1) * B))
+
+
+def batches_of_every_step(
+    config: ConfigDict,
+    samples: Samples,
+    tokenize: Callable[[list[str]], tuple[np.ndarray, np.ndarray]],
+    bad_records: BadRecords,
+    vae: VAE,
+    text_encoder: TextEncoder,
+) -> Batches:
+    """Batches that are read and encoded as they are needed."""
+    data = config.data
+
+    def encoded_batches(start: int, stop: int, rows: range) -> Generator[EncodedBatch, None, None]:
+        how = THREADS, data.workers, data.patience
+        raw = batches(samples, tokenize, bad_records, start, stop, rows, *how)
+        return encode.encode_every_step(raw, vae, text_encoder, data.storage_dtype)
+
+    return encoded_batches
 
 
 # ------------------------------------------------------------------------------------------------ encoded as a whole
@@ -245,8 +311,8 @@ def note_problems(bad_records: BadRecords, table: Table, unit: Unit, shard: Pict
 
 def gathered_records(config: ConfigDict, cache: Cache, order: Order) -> Callable[[int], np.ndarray]:
     """Step -> the records of a cache that its batch is gathered from, int64 ``[B]``."""
-    used, B = order.stand_ins(cache.bad), config.batch_size
-    return lambda step: used[order.indices(np.arange(step * B, (step + 1) * B))]
+    used, turn = order.stand_ins(cache.bad), turns(config, order)
+    return lambda step: used[turn(step)]
 
 
 def gathered_batches(config: ConfigDict, cache: Cache, records: Callable[[int], np.ndarray], flip: bool) -> Batches:
@@ -283,9 +349,9 @@ def check_cache(config: ConfigDict, cache: Cache, vae: VAE, text_encoder: TextEn
     shapes = build.make_shapes(config, vae.factor)
     mirrored = cache.mirrored or config.data.flip == "on"
     asked = build.make_identity(config, "", "", {}, shapes, mirrored, vae, text_encoder, 0)
-    asked["buckets"] = in_words(shapes)
+    asked["buckets"] = shapes_in_words(shapes)
     expected = {name: value for name, value in flat(asked).items() if name not in NOT_ASKED}
-    wrong = mismatches(cache.identity | {"buckets": in_words(cache.shapes)}, expected)
+    wrong = mismatches(cache.identity | {"buckets": shapes_in_words(cache.shapes)}, expected)
     if wrong:
         raise ConfigError(
             f"{config.data.source} was not made for this config: {'; '.join(wrong)}; set the keys to the cache's, or"
@@ -303,7 +369,7 @@ def check_bad(config: ConfigDict, cache: Cache) -> None:
         )
 
 
-def in_words(shapes: tuple[tuple[int, int], ...]) -> str:
+def shapes_in_words(shapes: tuple[tuple[int, int], ...]) -> str:
     """The value of ``data.buckets`` that gives these shapes and, but for squares, the shapes, width x height."""
     each = " ".join(f"{width}x{height}" for height, width in shapes)
     return "0" if len(shapes) == 1 else f"{len(shapes)} ({each})"
@@ -322,12 +388,12 @@ def fill_latents(config: ConfigDict, vae: VAE, encoded_batches: Batches, records
         B = config.batch_size
         some = list(encoded_batches(0, -(-min(MEASURED, records) // B), range(B)))
         with build.config_errors("latents"):
-            scale = measure_scale(*(_flat([batch[key] for batch in some]) for key in ("mean", "std")))
+            scale = measure_scale(*(_pixels([batch[key] for batch in some]) for key in ("mean", "std")))
     shift, scale = processes.of_first([scale.shift.tolist(), scale.scale.tolist()])
     config.latents.shift, config.latents.scale = tuple(shift), tuple(scale)
 
 
-def _flat(moments: list[np.ndarray]) -> np.ndarray:
+def _pixels(moments: list[np.ndarray]) -> np.ndarray:
     """Moments ``[B, h, w, C]``, perhaps on different grids, as one array ``[P, 1, 1, C]``."""
     return np.concatenate([array.reshape(-1, 1, 1, array.shape[-1]) for array in moments])
 

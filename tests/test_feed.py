@@ -85,6 +85,16 @@ def test_several_processes_share_every_batch(tmp_path, encode):
     assert bad.name in (tmp_path / "bad_records.jsonl").read_text()
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_shape_whose_only_picture_is_bad_has_no_turn(tmp_path, seed):
+    """For some of these seeds it was the first."""
+    source = draw_noise(tmp_path / "pictures", [WIDE] + [TALL] * 8 + [SQUARE] * 8)
+    bad = min((tmp_path / "pictures").glob("*.png"))
+    bad.write_bytes(bad.read_bytes()[:200])
+    found = open_feed(tiny_config(data__source=source, data__buckets="3", batch_size="4", seed=str(seed)), tmp_path)
+    assert {batch["mean"].shape[1:3] for batch in found.batches(0, 20, ALL)} == {(8, 8), (10, 6)} == set(found.grids)
+
+
 def test_measured_latents_of_several_shapes_have_unit_variance(tmp_path):
     source = draw_noise(tmp_path / "pictures", [WIDE] * 8 + [TALL] * 8)
     config = tiny_config(data__source=source, data__buckets="3", batch_size="4", latents__normalize="measured")
