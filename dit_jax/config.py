@@ -141,7 +141,7 @@ def load_config(spec: str, overrides: Mapping[str, str]) -> ConfigDict:
       ConfigError: a missing file, an unknown key or a value of the wrong type.
     """
     name, colon, inline = spec.partition(":") if ":" in spec[2:] else (spec, "", "")
-    path = Path(name)
+    path = Path(name).expanduser()
     if not path.is_file():
         presets = [str(p) for p in sorted(Path("configs").rglob("*.py")) if p.stem not in ("__init__", "default")]
         there_are = f"there are {', '.join(presets)}" if presets else "give its full path"
@@ -152,13 +152,25 @@ def load_config(spec: str, overrides: Mapping[str, str]) -> ConfigDict:
     return config
 
 
+def name_of(spec: str) -> str:
+    """What folders of what is made with a config are called: as its file, and with a ``config.json`` as its folder."""
+    path = Path(spec.partition(":")[0]).expanduser()
+    return path.absolute().parent.name if path.suffix == ".json" else path.stem
+
+
+def default_file() -> Path | None:
+    """The file that sets every key; None where the package lies without its configs."""
+    path = Path(__file__).parents[1] / "configs" / "default.py"
+    beside = path.is_file() and (path.parents[1] / "setup.cfg").is_file()  # not another's, beside an installed wheel
+    return path if beside else None
+
+
 def defaults() -> dict[str, Any] | None:
     """What every key means that no config sets, by dotted key; None where the package lies without its configs."""
-    path = Path(__file__).parents[1] / "configs" / "default.py"
-    if not (path.is_file() and (path.parents[1] / "setup.cfg").is_file()):  # not another's, beside an installed wheel
+    if (path := default_file()) is None:
         return None
     try:
-        return flatten(_run_config_file(path))
+        return files.flatten(_run_config_file(path))
     except ConfigError:  # somebody is changing it; who starts from it is told
         return None
 
@@ -215,7 +227,7 @@ def read_json(path: Path) -> ConfigDict:
         config = _with_sections(ConfigDict({key: found[key] for key in found if key != TRAINED}), path)
         for section in {key.split(".")[0] for key in ADDED if "." in key} - set(config):
             config[section] = ConfigDict()
-        for key in ADDED.keys() - flatten(config).keys():
+        for key in ADDED.keys() - files.flatten(config).keys():
             _set(config, key, ADDED[key])
     except (ValueError, TypeError, AttributeError, KeyError) as error:  # as ConfigDict says what cannot be a name in it
         raise ConfigError(f"{path} is not a config: {_reason(error)}") from error
@@ -225,7 +237,7 @@ def read_json(path: Path) -> ConfigDict:
 
 def _check_kinds(config: ConfigDict, path: Path) -> None:
     """Raises ConfigError where a config that was read has other keys than a config, or values of other types."""
-    values = flatten(config)
+    values = files.flatten(config)
     if missing := sorted(KINDS.keys() - values.keys()):
         raise ConfigError(f"{path} is not a config: it has no {', '.join(missing[:3])}")
     if unknown := sorted(values.keys() - KINDS.keys()):
@@ -299,18 +311,9 @@ def _tuples(value: Any) -> Any:
 # ----------------------------------------------------------------------------------------------- changing values
 
 
-def flatten(config: ConfigDict) -> dict[str, Any]:
-    """All values by dotted key."""
-    return {
-        f"{key}.{inner}" if inner else key: leaf
-        for key, value in config.items()
-        for inner, leaf in (flatten(value).items() if isinstance(value, ConfigDict) else [("", value)])
-    }
-
-
 def apply_overrides(config: ConfigDict, overrides: Mapping[str, str]) -> None:
     """Set values from text, each read as the type of the value that it replaces."""
-    known = flatten(config)
+    known = files.flatten(config)
     for key, text in overrides.items():
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
@@ -383,6 +386,6 @@ def take_over(config: ConfigDict, workdir: Path, extend: bool) -> None:
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """Keys that differ between a run's config and another, other than those that may change, as ``key: old -> new``."""
-    a, b = flatten(old), flatten(new)
+    a, b = files.flatten(old), files.flatten(new)
     changed = [key for key in sorted(a.keys() | b.keys()) if key not in CHANGEABLE and a.get(key) != b.get(key)]
     return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in changed]

@@ -23,7 +23,6 @@ from pathlib import Path
 import dit_jax
 from dit_jax.ending import run_program
 from dit_jax.errors import CheckpointError
-from dit_jax.files import read_rows
 from dit_jax.runtime import compile_cache, git_commit, nvidia_driver, overlooked_gpu, program_parser, quiet_libraries
 from dit_jax.stores import files_of, folder_of, reach
 from dit_jax.training.saved_steps import CORRUPT, ITEMS, steps_of, verify
@@ -119,18 +118,19 @@ def print_checkpoints(workdir: Path) -> None:
       CheckpointError: there is none.
     """
     from dit_jax.training.validation import NAME
-    from dit_jax.training.writer import figures
+    from dit_jax.training.writer import METRICS, figures
 
     directory, steps = _steps(workdir)
     print(f"{'step':>10}  {'MiB':>8}  {'loss':>8}  {'validation':>10}  files")
-    errors = {step: error for step, error in figures(workdir / "metrics.jsonl", NAME).items() if step in steps}
+    losses, errors = (figures(workdir / METRICS, name) for name in ("loss", NAME))
+    validated = [step for step in steps if step in errors]
     for step in steps:
         report = verify(directory, step, "fast", ITEMS)
-        found = report.problems[0] if report.problems else "all there" if report.verifiable else "not verifiable"
-        if errors and step == min(errors, key=lambda step: errors[step]):
-            found += ", the best by validation"
-        loss, validation = (_last_figure(workdir, name, step) for name in ("loss", NAME))
-        print(f"{step:>10}  {_mib(directory / str(step)):>8.1f}  {loss:>8}  {validation:>10}  {found}")
+        files = report.problems[0] if report.problems else "all there" if report.verifiable else "not verifiable"
+        if validated and step == min(validated, key=lambda step: errors[step]):
+            files += ", the best by validation"
+        loss, validation = (_last(found, step) for found in (losses, errors))
+        print(f"{step:>10}  {_mib(directory / str(step)):>8.1f}  {loss:>8}  {validation:>10}  {files}")
     for path in sorted(directory.glob(f"*{CORRUPT}")):
         print(f"{path.name:>10}  {_mib(path):>8.1f}  {'':>8}  {'':>10}  damaged and set aside; nothing reads it")
     print(f"compared were sizes; --verify={workdir} hashes every file")
@@ -172,13 +172,10 @@ def _mib(folder: Path) -> float:
     return sum(files_of(folder).values()) / MIB
 
 
-def _last_figure(workdir: Path, name: str, step: int) -> str:
-    """What ``metrics.jsonl`` has by a name at a step, or last before it; a dash where it has nothing."""
-    path = workdir / "metrics.jsonl"
-    rows = [row for _, row in read_rows(path)] if path.is_file() else []
-    at = [row.get(name) for row in rows if type(row.get("step")) is int and row["step"] <= step]
-    found = [value for value in at if isinstance(value, float)]
-    return f"{found[-1]:.4f}" if found else "-"
+def _last(found: dict[int, float], step: int) -> str:
+    """The figure of a step, or of the last before it; a dash where there is none."""
+    before = [at for at in found if at <= step]
+    return f"{found[max(before)]:.4f}" if before else "-"
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from dit_jax import build
-from dit_jax.config import flatten
 from dit_jax.errors import ConfigError, DataError
+from dit_jax.files import flatten
 from dit_jax.models.dit import REMAT_POLICIES, DiT
 from dit_jax.models.flops import DEVICES, GIB, Device, forward_macs, training_flops
 from dit_jax.resolve import resolve

@@ -4,7 +4,7 @@
 0      done                                     7      network or model fetch
 1      internal error, with its traceback       8      workdir full or not writable
 2      usage or config                          9      another process lost, or stalled
-3      data                                     75     preempted (by a signal): start me again
+3      data                                     75     told to stop, or out of time: start me again
 4      diverged (loss or gradient not finite)   130    interrupted (Ctrl-C)
 5      checkpoint unusable                      128+n  signal n came while an earlier one was obeyed
 6      out of memory

@@ -24,13 +24,14 @@ from dit_jax.data.ahead import gathered, in_threads
 from dit_jax.data.bad_records import BadRecords, Replaced, too_many
 from dit_jax.data.buckets import assign, sizes_of
 from dit_jax.data.cache.gather import Cache, in_memory
-from dit_jax.data.cache.parts import Pictures, Table, Texts, Unit, flat, mismatches, tabulate, units
+from dit_jax.data.cache.parts import Pictures, Table, Texts, Unit, mismatches, tabulate, units
 from dit_jax.data.loader import Sample, Samples, batches
 from dit_jax.data.order import Order, caption_words, is_mirrored
 from dit_jax.data.sources.records import Source
 from dit_jax.encoders import VAE, TextEncoder
 from dit_jax.encoders.latents import measure_scale
 from dit_jax.errors import ConfigError, DataError
+from dit_jax.files import flatten
 from dit_jax.training import encode
 from dit_jax.training.encode import EncodedBatch, Encoding
 from dit_jax.training.progress import EncodingCounter
@@ -350,7 +351,7 @@ def check_cache(config: ConfigDict, cache: Cache, vae: VAE, text_encoder: TextEn
     mirrored = cache.mirrored or config.data.flip == "on"
     asked = build.make_identity(config, "", "", {}, shapes, mirrored, vae, text_encoder, 0)
     asked["buckets"] = shapes_in_words(shapes)
-    expected = {name: value for name, value in flat(asked).items() if name not in NOT_ASKED}
+    expected = {name: value for name, value in flatten(asked).items() if name not in NOT_ASKED}
     wrong = mismatches(cache.identity | {"buckets": shapes_in_words(cache.shapes)}, expected)
     if wrong:
         raise ConfigError(

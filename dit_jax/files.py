@@ -36,6 +36,15 @@ def read_json(path: Path) -> Any:
     return parse_json(read_bounded(path).decode("utf-8"))
 
 
+def flatten(tree: Any, separator: str = ".") -> dict[str, Any]:
+    """The values of nested objects (or sections of a config) by their names one behind the other."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        inner = flatten(value, separator).items() if hasattr(value, "items") else [("", value)]
+        found |= {f"{name}{separator}{rest}" if rest else name: leaf for rest, leaf in inner}
+    return found
+
+
 def parse_json(text: str) -> Any:
     """What JSON says.
 

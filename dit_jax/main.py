@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from dit_jax.config import is_export, load_config
+from dit_jax.config import is_export, load_config, name_of
 from dit_jax.ending import run_program
 from dit_jax.errors import ConfigError
 from dit_jax.processes import ANYWHERE, Place
@@ -103,10 +103,10 @@ def read_place(coordinator: str | None, num_processes: int | None, process_id: i
 
 def default_workdir(config: str) -> Path:
     """``runs/<config name>``, or the run that a ``config.json`` lies in; that of an export begins a new run."""
-    path = Path(config.partition(":")[0])
+    path = Path(config.partition(":")[0]).expanduser()
     if path.suffix == ".json" and not is_export(path):
         return path.parent
-    return Path("runs") / (path.stem if path.suffix != ".json" else path.absolute().parent.name)
+    return Path("runs") / name_of(config)
 
 
 if __name__ == "__main__":

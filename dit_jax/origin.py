@@ -16,10 +16,10 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from dit_jax import stores
-from dit_jax.config import flatten
 from dit_jax.encoders.weights import PICKLE_SUFFIXES
 from dit_jax.errors import ConfigError
 from dit_jax.exchange import layouts
+from dit_jax.files import flatten
 from dit_jax.stored import ENCODERS, Stored, open_stored
 from dit_jax.training.init_from import transfer
 from dit_jax.training.state import TrainState

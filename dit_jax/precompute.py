@@ -18,7 +18,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from ml_collections import ConfigDict
 
-from dit_jax.config import load_config
+from dit_jax.config import load_config, name_of
 from dit_jax.ending import run_program, writable
 from dit_jax.errors import ConfigError, DataError, WorkdirError
 from dit_jax.runtime import EVERY_KEY, add_flags, path_of, program_parser, read_overrides, set_up
@@ -100,7 +100,7 @@ def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shar
     if left:
         if not os.access(output, os.W_OK):  # before the work; a disk that is read-only has no room either
             raise WorkdirError(f"{output} cannot be written to, and files are missing there: {len(left)}")
-        forecast(config, output, encoding, left)
+        forecast(output, encoding, left)
         begin = time.monotonic()
         with closing(EncodingCounter(left, SAY_EVERY)) as counter:
             for unit, shard in encode_units(encoding, left, counter.told):
@@ -115,8 +115,11 @@ def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shar
         say(f"{len(others)} of {len(every_unit)} files are missing still; the other parts make them")
         return False
     note_written(unit for unit in every_unit if unit in missing)  # those that other parts have made since, too
+    from dit_jax.data.inspection.words import Progress
+
+    hashing = Progress(say)
     with writable(output):
-        manifest = files.finish(output, identity, say_hashed())
+        manifest = files.finish(output, identity, lambda done, total: hashing.at(done, total, "bytes hashed"))
     size = sum(known["bytes"] for known in manifest["shards"].values())
     say(f"done: {in_words(size)}, {size / pictures:,.0f} bytes a picture, bad records: {manifest['bad_records']:,}")
     texts = (files.written(output, identity, unit) for unit in every_unit if unit.kind == "texts")  # one at a time
@@ -157,7 +160,7 @@ def open_encoding(config: ConfigDict, per_shard: int) -> "Encoding":
     return Encoding(identity, source, table, vae, text_encoder, *how)
 
 
-def forecast(config: ConfigDict, output: Path, encoding: "Encoding", left: "Sequence[Unit]") -> None:
+def forecast(output: Path, encoding: "Encoding", left: "Sequence[Unit]") -> None:
     """Say how much disk and time the work will take, from encoding a few pictures and captions.
 
     Raises:
@@ -287,21 +290,6 @@ def decoded(config: ConfigDict, cache: "Cache") -> "Iterator[Record]":
         yield Record(np.round((pixels + 1) * 127.5).astype(np.uint8), captions, id)
 
 
-def say_hashed() -> "Callable[[int, int], None]":
-    """What says now and then how many bytes of how many are hashed."""
-    from dit_jax.feed import SAY_EVERY
-
-    said = time.monotonic()
-
-    def told(done: int, total: int) -> None:
-        nonlocal said
-        if time.monotonic() - said > SAY_EVERY:
-            said = time.monotonic()
-            say(f"hashed {in_words(done)} of {in_words(total)}")
-
-    return told
-
-
 def in_words(size: int) -> str:
     """A number of bytes in MiB or GiB."""
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.2f} MiB"
@@ -342,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             config.data.source = args.inspect
             inspect(config, args.sheet or Path(SHEET_NAME))
             return
-        output = args.output or Path("caches") / Path(args.config.partition(":")[0]).stem
+        output = args.output or Path("caches") / name_of(args.config)
         part, parts = args.shard or (0, 1)
         if precompute(config, output, part, parts, args.records_per_file or PER_FILE):
             keys = {**overrides, "data.source": f"cache:{output}"}  # of the same config

@@ -48,6 +48,7 @@ def resolve(
     if config.batch_size % (config.accumulate * num_shards):
         raise ConfigError(
             f"batch_size {config.batch_size} is not divisible by accumulate {config.accumulate} x {num_shards} devices"
+            " that share it"
         )
     if config.validate_every and not config.data.validation_fraction:
         raise ConfigError(
@@ -78,6 +79,11 @@ def resolve(
         raise ConfigError(
             f"latents.shift has {shift} numbers and latents.scale {scale}; give"
             f" {config.model.in_channels} of each, or none of both"
+        )
+    if not all(map(math.isfinite, (*config.latents.shift, *config.latents.scale))) or 0 in config.latents.scale:
+        raise ConfigError(
+            f"latents.shift is {config.latents.shift} and latents.scale {config.latents.scale}; all must be finite, and"
+            " no scale 0"
         )
     unit = vae.factor * config.model.patch_size
     if config.data.image_size % unit or config.data.image_size < unit:

@@ -52,14 +52,18 @@ def add_settings_flags(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--apg_parallel", type=float, help="1 is off .. 0; default: the run's")
     parser.add_argument("--apg_norm", type=float, help="0 is off; default: the run's")
     parser.add_argument("--sampler", help="ddpm | ddim | dpmpp_2m | euler | euler_ancestral | heun; default: the run's")
+    parser.add_argument("--eta", type=float, help="of ddim: 0 is deterministic .. 1; default: the run's")
     parser.add_argument("--grid", help="times of the steps: uniform | trailing | karras | shifted; default: the run's")
+    parser.add_argument("--grid_shift", type=float, help="of shifted: above 1 nearer the noise; default: the run's")
+    parser.add_argument("--grid_rho", type=float, help="of karras: larger is nearer the picture; default: the run's")
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """The keys of ``sample`` that were given, and None for the others."""
     interval = args.guidance_interval and tuple(args.guidance_interval)
-    keys = ("steps", "sampler", "guidance_scale", "grid", "guidance_rescale", "apg_parallel", "apg_norm")
-    return {key: getattr(args, key) for key in keys} | {"guidance_interval": interval}
+    keys = ("steps", "sampler", "eta", "grid", "grid_shift", "grid_rho")
+    of_guidance = ("guidance_scale", "guidance_rescale", "apg_parallel", "apg_norm")
+    return {key: getattr(args, key) for key in keys + of_guidance} | {"guidance_interval": interval}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

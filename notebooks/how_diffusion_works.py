@@ -179,7 +179,7 @@ def train_step(carry, key):
     arms = jnp.where(jax.random.bernoulli(of_arms, 0.1, (B,)), NO_ARM, arms)
 
     def loss(params):
-        return objectives.loss(process, network.apply(params, x_t, t, arms), targets, x_t, t).mean()
+        return objectives.loss(process, network.apply(params, x_t, t, arms), targets).mean()
 
     value, gradient = jax.value_and_grad(loss)(params)
     updates, opt_state = optimizer.update(gradient, opt_state)

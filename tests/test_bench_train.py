@@ -15,6 +15,7 @@ import pytest
 from dit_jax.bench import ablation, presets, train
 from dit_jax.bench.__main__ import PRESETS, main
 from dit_jax.bench.rounds import interleave, ratio
+from dit_jax.errors import ConfigError
 from dit_jax.models import layers
 from dit_jax.models.flops import training_flops
 from dit_jax.sharding import make_mesh
@@ -86,6 +87,14 @@ def test_the_reference_takes_a_step_that_learns(tiny):
     step()
     moved = [name for name, p in models[0].named_parameters() if not p.equal(before[name])]
     assert set(before) - set(moved) <= {"y_embedder.null_pooled"}  # only if a caption was dropped
+
+
+def test_presets_are_measured_from_any_folder_but_not_without_the_configs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert presets.make_bench("small", 2, "float32", 0.0).config.batch_size == 2
+    monkeypatch.setattr(presets, "default_file", lambda: None)
+    with pytest.raises(ConfigError, match="in a clone of the repository"):
+        presets.make_bench("small", 2, "float32", 0.0)
 
 
 def test_every_preset_can_be_named():

@@ -16,7 +16,7 @@ from dit_jax.errors import ConfigError
 from dit_jax.resolve import resolve
 from dit_jax.sharding import abstract_mesh
 from tests.noise_pictures import SQUARE, draw_noise
-from tests.tiny_run import tiny_config
+from tests.tiny_run import SHIPPED, tiny_config
 
 ENCODERS = (VAEShape(factor=8, channels=4), TextShape(length=77, width=768, pooled_width=512))
 
@@ -48,6 +48,8 @@ def test_places_are_those_of_the_pictures_unless_told_and_then_it_is_said():
         ({"model__text_width": "512"}, "model.text_width is 512, but embedded has 768"),
         ({"batch_size": "0"}, "batch_size is 0"),
         ({"accumulate": "3"}, "batch_size 8 is not divisible by accumulate 3 x 2 devices"),
+        ({"latents__shift": "0,0,0,0", "latents__scale": "1,1,0,1"}, "all must be finite, and no scale 0"),
+        ({"latents__shift": "0,0,0,nan", "latents__scale": "1,1,1,1"}, "all must be finite, and no scale 0"),
         ({"data__image_size": "8"}, "data.image_size is 8; it must be a multiple of 16"),
         ({"sample__steps": "0"}, "sample.steps is 0; it must be 1 or more"),
         ({"model__patch_size": "0"}, "model.patch_size is 0; it must be 1 or more"),
@@ -118,8 +120,8 @@ def test_the_compute_dtype_follows_the_device_unless_asked_for(device, dtype):
 
 
 def test_every_shipped_config_makes_a_process():
-    for name in ("quickstart", "overfit", "small", "base", "large", "xl", "emoji"):
-        build.make_process(load_config(f"configs/{name}.py", {}))
+    for path in SHIPPED:
+        build.make_process(load_config(str(path), {}))
 
 
 def test_a_set_aside_caption_decides_on_mirror_images_too(tmp_path):

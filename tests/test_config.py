@@ -9,15 +9,16 @@ from dit_jax.config import (
     CHANGEABLE,
     apply_overrides,
     differences,
-    flatten,
     load_config,
+    name_of,
     read_json,
     read_run,
     take_over,
     to_json,
 )
 from dit_jax.errors import CheckpointError, ConfigError
-from tests.tiny_run import tiny_config
+from dit_jax.files import flatten
+from tests.tiny_run import SHIPPED, tiny_config
 
 
 def test_overrides_take_the_type_of_what_they_replace():
@@ -126,10 +127,26 @@ def test_a_run_keeps_the_latent_scale_that_it_measured(tmp_path):
 
 
 def test_every_shipped_config_is_whole():
-    for name in ("quickstart", "overfit", "small", "base", "large", "xl", "emoji"):
-        config = load_config(f"configs/{name}.py", {})
+    for path in SHIPPED:
+        config = load_config(str(path), {})
         assert flatten(config).keys() == flatten(default.get_config()).keys()
         json.loads(to_json(config))
+
+
+def test_a_config_may_lie_in_the_home_folder(tmp_path, monkeypatch):
+    """No shell expands ``~`` behind an equals sign."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "config.json").write_text(to_json(tiny_config()))
+    assert load_config("~/config.json", {"seed": "3"}).seed == 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [("configs/small.py", "small"), ("small.py:seed=1", "small"), ("runs/a/config.json", "a"), ("~/config.json", "me")],
+)
+def test_what_is_made_with_a_config_is_called_after_it(spec, name, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert name_of(spec) == name
 
 
 @pytest.mark.parametrize("text", ["0.2,0.8", "(0.2, 0.8)", "[0.2,0.8]"])

@@ -19,7 +19,8 @@ from PIL import Image
 from configs import default
 from dit_jax import build
 from dit_jax.arrays import TextStates
-from dit_jax.config import flatten, load_config
+from dit_jax.config import load_config
+from dit_jax.files import flatten
 from dit_jax.resolve import resolve
 from dit_jax.trees import count_parameters, named_leaves
 from tests import test_layers

@@ -55,7 +55,6 @@ MAY_IMPORT = {
     "parts": LEAVES | LIBRARIES | {"training", "build", "resolve", "runtime", "workdir"},
     "duties": LEAVES | {"training", "metrics", "drawing", "workdir", "config"},  # what a run does beside its steps
     **{program: BELOW_PROGRAMS | {"sample"} for program in PROGRAMS},
-    "train": BELOW_PROGRAMS | {"evaluate"},
     "__main__": set(),  # lists the programs, and imports none
     "main": PROGRAMS | {"config", "runtime", "ending", "errors", "processes", "stores"},
 }
@@ -142,17 +141,13 @@ def test_rooms_that_promise_to_need_little_keep_the_promise(source):
             assert third_party(imports(source, later=True)) <= allowed
 
 
-@pytest.mark.skipif(not (PACKAGE / "main.py").exists(), reason="the programs are not there yet")
 def test_every_core_dependency_is_used():
     used = set().union(*(third_party(imports(source, later=True)) for source in SOURCES))
     assert core_dependencies() <= used
 
 
 def test_build_reads_encoders_and_data_only_when_asked():
-    build = PACKAGE / "build.py"
-    if not build.exists():
-        pytest.skip("build.py is not there yet")
-    top = {".".join(name.split(".")[:2]) for name in imports(build, later=False)}
+    top = {".".join(name.split(".")[:2]) for name in imports(PACKAGE / "build.py", later=False)}
     assert not top & {"dit_jax.encoders", "dit_jax.data"}
 
 

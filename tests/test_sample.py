@@ -1,5 +1,6 @@
 """Drawing: a picture depends on its prompt and seed alone, and the program says what it does."""
 
+import argparse
 import functools
 import json
 
@@ -13,6 +14,7 @@ from dit_jax.drawing import pictures
 from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.models.dit import DiT
 from dit_jax.sample import Pipeline
+from tests.tiny_run import tiny_config
 
 PROMPTS = ["a large red circle", "a small blue square", "a small green star above a large pink cross"]
 
@@ -64,6 +66,8 @@ def test_seed_guidance_sampler_steps_and_negative_prompt_all_act(pipe):
         {"guidance_rescale": 1.0},
         {"apg_parallel": 0.0},
         {"apg_norm": 0.5},
+        {"sampler": "ddim", "eta": 0.5},  # 1 is ddpm
+        {"grid": "shifted", "grid_shift": 9.0},
     ):
         assert np.abs(arrays(pipe(PROMPTS[:1], **{"guidance_scale": 3.0, **change})) - base).max() > 1, change
 
@@ -270,6 +274,16 @@ def test_prompts_of_a_jsonl_file(tmp_path, capsys):
         sample.main(["--model=nowhere", f"--prompts_file={path}", "--num_images=2", "--seed", "1", "2"])
     error = capsys.readouterr().err
     assert exit.value.code == 2 and "2 seeds, and others in" in error and error.count("\n") == 1
+
+
+def test_every_key_of_how_pictures_are_drawn_has_its_flag():
+    parser = argparse.ArgumentParser()
+    sample.add_settings_flags(parser)
+    none = sample.settings_of(parser.parse_args([]))
+    assert set(none) == set(tiny_config().sample) - {"prompts", "strength"} and set(none.values()) == {None}
+    given = ["--eta=0.5", "--grid_shift=2", "--grid_rho=5", "--guidance_interval", "0.1", "0.9"]
+    found = {key: value for key, value in sample.settings_of(parser.parse_args(given)).items() if value is not None}
+    assert found == {"eta": 0.5, "grid_shift": 2.0, "grid_rho": 5.0, "guidance_interval": (0.1, 0.9)}
 
 
 def test_an_edit_by_flags_is_that_of_the_pipeline(tiny_run, tmp_path):

@@ -8,6 +8,7 @@ from dit_jax import train
 from dit_jax.config import load_config
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.py"
+SHIPPED = sorted(path for path in CONFIG.parent.rglob("*.py") if path.stem not in ("__init__", "default"))
 TINY = {
     "total_steps": "20",
     "batch_size": "8",

@@ -54,7 +54,9 @@ def _measure_preset(argv: Sequence[str]) -> None:
     commands = [line for line in __doc__.splitlines() if f"bench {what} " in line and "--preset" in line]
     parser = program_parser(f"bench {what}", "\n".join([OF_PRESETS[what], *commands]), allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, required=True, help="size of the model; b2 is DiT-B/2")
-    parser.add_argument("--batch", type=_positive, help="pictures a step, of one device; default: by preset")
+    of_all, of_one = "pictures a step; default: by preset", "pictures a step of each device; default: by preset"
+    of_batch = {"sample": "pictures at once; default: 64, on a CPU 4", "shard": of_one}.get(what, of_all)
+    parser.add_argument("--batch", type=_positive, help=of_batch)
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the arithmetic")
     if what == "shard":
         parser.add_argument("--devices", type=_positive, default=8, help="how many share the step; default: 8")

@@ -127,7 +127,7 @@ class StepAlone(TrainStep):
 
 
 def average_apart(make: MakeBench) -> Candidate:
-    """The moving average is a program of its own, which reads the parameters again."""
+    """The moving average is a program of its own, which reads the parameters again; its decay is that of a long run."""
     bench = make()
     state, batch = on_device(bench)
     step = StepAlone(**{field.name: getattr(bench.step, field.name) for field in dataclasses.fields(bench.step)})

@@ -15,7 +15,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dit_jax import build
-from dit_jax.config import load_config
+from dit_jax.config import default_file, load_config
+from dit_jax.errors import ConfigError
 from dit_jax.models.dit import DiT
 from dit_jax.training.state import TrainState, init_state
 from dit_jax.training.step import Batch, TrainStep
@@ -88,8 +89,14 @@ class Bench:
 def make_bench(
     preset: str, batch: int, dtype: str, dropout: float, changes: Mapping[str, Any] = MappingProxyType({})
 ) -> Bench:
-    """One of `PRESETS` with so many pictures a step, and changes of the config by dotted key."""
-    config = load_config("configs/default.py", {})
+    """One of `PRESETS` with so many pictures a step, and changes of the config by dotted key.
+
+    Raises:
+      ConfigError: the package lies without its configs.
+    """
+    if (path := default_file()) is None:
+        raise ConfigError("sizes are measured in a clone of the repository: here configs/default.py is not to be had")
+    config = load_config(str(path), {})
     config.batch_size, config.dtype = batch, dtype
     config.model.update(PRESETS[preset].model | TEXT | {"dropout": dropout})
     config.update_from_flattened_dict(changes)

@@ -128,14 +128,13 @@ def _inside(t: Array) -> Array:
     return jnp.clip(t, LEAST, 1 - LEAST)
 
 
-def loss(process: Process, prediction: Array, targets: Targets, x_t: Array, t: Array) -> Array:
+def loss(process: Process, prediction: Array, targets: Targets) -> Array:
     """Squared error in the space of the process's own prediction, eq. 5 with w = 1.
 
     Args:
       process: says which target the network predicts.
       prediction: the network's output ``[B, h, w, C]``; variance channels after C are not judged.
       targets: from ``process.corrupt``.
-      x_t, t: what the network saw.
 
     Returns:
       float32 ``[B]``.

@@ -22,9 +22,10 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from dit_jax.drawing.pipeline import BATCHES
 from dit_jax.errors import ConfigError
 
-BATCH = 64  # pictures that are drawn and written together
+BATCH = BATCHES[-1]  # pictures that are drawn and written together
 IN_GRID = 64  # pictures in grid.png, the first ones
 GRID = "grid.png"
 NUMBERED = re.compile(r"\d{5,}\.png")
@@ -207,7 +208,8 @@ class Archive:
 
 
 def make_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Pictures of one size as a contact sheet, row by row."""
+    """Pictures of one size as a contact sheet, row by row; of fewer pictures than columns it is one row."""
+    columns = min(columns, len(images))
     width, height = images[0].size
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")

@@ -17,8 +17,9 @@ from PIL import Image
 
 from dit_jax import __version__
 from dit_jax.arrays import TextStates
-from dit_jax.config import CHANGEABLE, flatten
+from dit_jax.config import CHANGEABLE
 from dit_jax.errors import ConfigError
+from dit_jax.files import flatten
 from dit_jax.resolve import check_ranges
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Pipeline:
         Raises:
           CheckpointError: no such model there, or one that was trained with other encoders.
           ConfigError: ``ema`` is neither, or an encoder cannot be loaded.
+          FetchError: the hub or a bucket does not answer.
         """
         from dit_jax import build
         from dit_jax.stored import open_stored

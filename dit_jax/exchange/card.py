@@ -16,10 +16,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dit_jax import __version__
-from dit_jax.config import flatten
 from dit_jax.exchange.components import MODULE, SCRIPT
 from dit_jax.exchange.schedulers import Scheduler
-from dit_jax.files import read_json, read_rows
+from dit_jax.files import flatten, read_json, read_rows
 
 CARD, PICTURE = "README.md", "samples.png"
 RECIPE = (
@@ -177,15 +176,8 @@ def _scores(facts: Facts) -> str:
             continue  # a damaged report is no score
         if same:
             drawn = f", {settings['sampler']} with {settings['steps']} steps" if "sampler" in settings else ""
-            found.append(f"`evaluate --metric={path.stem}`{drawn}:\n\n{_table(_flat(scores))}")
+            found.append(f"`evaluate --metric={path.stem}`{drawn}:\n\n{_table(flatten(scores, ' '))}")
     return "\n".join(found)
-
-
-def _flat(scores: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in scores.items():
-        flat |= _flat(value, f"{prefix}{key} ") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _newest_grid(facts: Facts) -> Path | None:

@@ -63,7 +63,7 @@ def write(folder: Path, config: ConfigDict, vae: "VAE", text_encoder: "TextEncod
       vae, text_encoder: its encoders.
       scheduler: what `check` gave.
     """
-    _copy(vae.files, folder / "vae")
+    vae.copy_to(folder / "vae")
     tokens = {name: path for name, path in text_encoder.files.items() if name in TOKENIZER_FILES}
     _copy(tokens, folder / "tokenizer")
     _copy({name: path for name, path in text_encoder.files.items() if name not in tokens}, folder / "text_encoder")

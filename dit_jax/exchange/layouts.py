@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from dit_jax.encoders.weights import read_tensors
 from dit_jax.errors import CheckpointError, ConfigError
 
 Leaves = dict[str, np.ndarray]  # by our names
@@ -76,14 +76,13 @@ def read_parameters(path: Path) -> Parameters:
     """Read a file of any of the three layouts.
 
     Raises:
-      CheckpointError: the file is damaged.
+      CheckpointError: the file is damaged, or of numbers that are not read.
       ConfigError: it holds no DiT of a known layout.
     """
     try:
-        with safe_open(path, framework="np") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, AttributeError) as error:  # the latter as the library says that numpy has no such type
-        raise CheckpointError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+        tensors = read_tensors([path])
+    except ValueError as error:
+        raise CheckpointError(f"{path.parent}: {error}") from error
     layout = _layout_of(tensors)
     if layout == "reference":
         return _from_reference(tensors)

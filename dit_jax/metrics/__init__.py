@@ -1,1 +1,1 @@
-"""Measures of how well generated pictures follow their captions."""
+"""What a run came to: how well its pictures follow their captions, and the page that shows it."""

@@ -11,7 +11,8 @@ f its matrices (2; 3 with ``swiglu``), m the modulation vectors of a block, N to
         + N p^2 C D + N D p^2 C_out                                      patches in and out
         + P D + F D + D^2 + 2 D^2                                        text, time (F features), final norm     (1)
 
-With ``adaln_single`` the model has 6 D^2 of modulation, and neither blocks nor the final norm have any.
+With ``text_pool=mean`` the text's P D are E D, and none with ``none``. With ``adaln_single`` the model has 6 D^2 of
+modulation, and neither blocks nor the final norm have any.
 
 One MAC is two FLOP; training costs three forward passes. Published "Gflops" of DiT are multiply-adds.
 """

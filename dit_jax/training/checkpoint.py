@@ -122,10 +122,6 @@ class Checkpoints:
         self._pending: tuple[int, float] | None = None
         self._hashing = 0.0
 
-    def latest_step(self) -> int | None:
-        """The newest step on disk, or None."""
-        return self._manager.latest_step()
-
     def save(self, state: TrainState, metadata: dict[str, Any]) -> Commit | None:
         """Queue a save of the state under its own step.
 
@@ -252,7 +248,7 @@ class Checkpoints:
 
 
 def restore_trees(directory: Path, step: int, shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """Trees of a step, of whatever format, by their names in `TREES`; ``shapes`` are today's, with shardings.
+    """Trees of a step, of whatever format, by name; ``shapes`` are today's, with shardings.
 
     Raises:
       CheckpointError: one is unreadable, or of another model, each leaf by name.

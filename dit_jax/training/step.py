@@ -152,7 +152,7 @@ class TrainStep:
         text = jax.tree.map(lambda n, y: jnp.where(drop.reshape(B, *[1] * (y.ndim - 1)), n, y), null, text)
 
         prediction = self.model.apply({"params": params}, x_t, t, text, train=True, rngs={"dropout": dropout_key})
-        loss = objectives.loss(self.process, prediction, targets, x_t, t)
+        loss = objectives.loss(self.process, prediction, targets)
         if self.weight is not None:
             loss = loss * self.weight(t)
         if self.model.out_channels == 2 * self.model.in_channels:

@@ -98,7 +98,7 @@ def test_a_weighted_error_is_the_same_whatever_the_network_predicts(weight, sche
         process = Process(make_schedule(schedule, 1.0), prediction)
         x_t, targets = process.corrupt(KEYS[:3], x0, t)
         wrong = getattr(process.from_x0(x0 + 0.1 * jnp.sin(x0), x_t, t), prediction)
-        losses[prediction] = objectives.loss(process, wrong, targets, x_t, t) * weight(process)(t)
+        losses[prediction] = objectives.loss(process, wrong, targets) * weight(process)(t)
     for prediction, loss in losses.items():
         np.testing.assert_allclose(loss, losses["x0"], rtol=2e-3, err_msg=prediction)
 
@@ -131,12 +131,12 @@ def test_loss_is_the_mean_squared_error_of_the_networks_own_target(prediction):
     x_t, targets = process.corrupt(KEYS[:3], x0, t)
     target = getattr(targets, prediction)
 
-    np.testing.assert_array_equal(objectives.loss(process, target, targets, x_t, t), np.zeros(3))
+    np.testing.assert_array_equal(objectives.loss(process, target, targets), np.zeros(3))
     offset = jnp.array([1.0, 2.0, 3.0]).reshape(3, 1, 1, 1)
-    np.testing.assert_allclose(objectives.loss(process, target + offset, targets, x_t, t), [1, 4, 9], rtol=1e-5)
+    np.testing.assert_allclose(objectives.loss(process, target + offset, targets), [1, 4, 9], rtol=1e-5)
     guess = np.asarray(jax.random.normal(jax.random.key(2), target.shape))
     by_hand = [np.mean((guess[i] - np.asarray(target[i])) ** 2) for i in range(3)]
-    np.testing.assert_allclose(objectives.loss(process, guess, targets, x_t, t), by_hand, rtol=1e-5)
+    np.testing.assert_allclose(objectives.loss(process, guess, targets), by_hand, rtol=1e-5)
 
 
 def test_loss_is_float32_and_leaves_variance_channels_alone():
@@ -144,8 +144,8 @@ def test_loss_is_float32_and_leaves_variance_channels_alone():
     t = jnp.array([0.5])
     x_t, targets = process.corrupt(KEYS[:1], jnp.ones((1, 4, 4, 2)), t)
     with_variance = jnp.concatenate([targets.epsilon + 1, jnp.full_like(x_t, 1e6)], axis=-1)
-    np.testing.assert_allclose(objectives.loss(process, with_variance, targets, x_t, t), [1], rtol=1e-5)
-    assert objectives.loss(process, x_t.astype(jnp.bfloat16), targets, x_t, t).dtype == jnp.float32
+    np.testing.assert_allclose(objectives.loss(process, with_variance, targets), [1], rtol=1e-5)
+    assert objectives.loss(process, x_t.astype(jnp.bfloat16), targets).dtype == jnp.float32
 
 
 TARGETS = ["x0", "epsilon", "v", "flow"]
@@ -217,7 +217,7 @@ def test_the_loss_of_the_variance_does_not_move_the_mean():
     x_t, targets, answer = answers(process, t, 0.4)
 
     def simple(answer):
-        return objectives.loss(process, answer, targets, x_t, t).sum()
+        return objectives.loss(process, answer, targets).sum()
 
     def hybrid(answer):
         return simple(answer) + 0.001 * objectives.variance_loss(process, answer, targets, t).sum()

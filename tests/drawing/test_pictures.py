@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dit_jax.drawing import pictures
-from dit_jax.drawing.pictures import Archive, Folder, cut_into_batches
+from dit_jax.drawing.pictures import Archive, Folder, cut_into_batches, make_grid
 from dit_jax.errors import ConfigError
 
 PROMPTS = ["a", "b", "ein grüner\nStern", "d", "e"]
@@ -48,6 +48,13 @@ def run(path, prompts=PROMPTS, settings=SETTINGS, stop_after=None):
 
 def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_sheet_is_no_wider_than_its_pictures():
+    images = [Image.new("RGB", (6, 4), colour) for colour in ("red", "green", "blue")]
+    assert make_grid(images, 1000).size == (18, 4)
+    sheet = make_grid(images, 2)
+    assert sheet.size == (12, 8) and sheet.getpixel((11, 7)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("name", ["out", "x.npz"])

@@ -177,10 +177,13 @@ def test_files_that_hold_no_model_end_in_one_line(new, tmp_path):
     save_file({"conv.weight": np.zeros((2, 2), np.float32)}, tmp_path / "other.safetensors")
     save_file({"t_embedder.mlp.0.weight": np.zeros((2, 2), np.float32)}, tmp_path / "small.safetensors")
     (tmp_path / "damaged.safetensors").write_bytes(b"nothing")
+    header = b'{"a": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}'
+    (tmp_path / "short.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     for name, error, words in (
         ("other.safetensors", ConfigError, "holds no DiT of a known layout .*: it begins with conv.weight"),
         ("small.safetensors", ConfigError, "nothing of init_from="),
         ("damaged.safetensors", CheckpointError, "damaged.safetensors is damaged"),
+        ("short.safetensors", CheckpointError, "short.safetensors has numbers of 8 bits, which are not read"),
         ("absent.safetensors", ConfigError, "there is no file"),
         ("DiT-XL-2-256x256.pt", ConfigError, "is a pickle, which can run code and is not read"),
     ):

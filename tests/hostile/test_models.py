@@ -11,11 +11,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dit_jax import config as configs
-from dit_jax.config import apply_overrides, flatten, load_config, read_json
+from dit_jax.config import apply_overrides, load_config, read_json
 from dit_jax.encoders import hub, networks, weights
 from dit_jax.encoders.listing import NotWhole, choose
 from dit_jax.encoders.tokenizer import Tokenizer
 from dit_jax.errors import CheckpointError, ConfigError, FetchError
+from dit_jax.files import flatten
 from dit_jax.sample import read_prompts
 from dit_jax.training import manifest
 from dit_jax.training.saved_steps import restore_metadata

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_jax.config import flatten, load_config, to_json
+from dit_jax.config import load_config, to_json
 from dit_jax.drawing.pictures import save_png
+from dit_jax.files import flatten
 from dit_jax.metrics.report import PAGE, Report
 from dit_jax.metrics.report.charts import axis_of, brief
 from dit_jax.metrics.report.curves import Curve, Sparse

@@ -61,7 +61,11 @@ def test_positions_are_exact_on_their_own_grid_and_resampled_on_another():
     table = params["params"]["table"]
     assert table.shape == (3, 2, 4)
     np.testing.assert_array_equal(module.apply(params, 3, 2), table.reshape(6, 4))
-    constant = {"params": {"table": jnp.full((3, 2, 4), 0.7)}}
-    resampled = module.apply(constant, 6, 5)
-    assert resampled.shape == (30, 4)
-    np.testing.assert_allclose(resampled, 0.7, rtol=1e-5)
+    up, across = jnp.meshgrid(jnp.arange(8.0), jnp.arange(6.0), indexing="ij")
+    ramps = {"params": {"table": jnp.stack([up, across, 3 + 0 * up, up - across], -1)}}
+    resampled = module.apply(ramps, 16, 12).reshape(16, 12, 4)
+    rows, columns = (np.arange(n) / 2 - 0.25 for n in (16, 12))  # where the middles of patches half as large are
+    inside = np.s_[4:-4, 4:-4]  # away from the edges a cubic keeps what is straight
+    np.testing.assert_allclose(resampled[..., 0][inside], np.broadcast_to(rows[:, None], (16, 12))[inside], atol=1e-5)
+    np.testing.assert_allclose(resampled[..., 1][inside], np.broadcast_to(columns, (16, 12))[inside], atol=1e-5)
+    np.testing.assert_allclose(resampled[..., 2], 3.0, atol=1e-5)

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from dit_jax import build, train
-from dit_jax.config import flatten, load_config, read_run
+from dit_jax.config import load_config, read_run
+from dit_jax.files import flatten
 from dit_jax.sample import Pipeline
 from dit_jax.sharding import make_mesh, replicated
 from dit_jax.training import manifest

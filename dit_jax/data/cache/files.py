@@ -35,7 +35,6 @@ from dit_jax.data.cache.parts import (
     Texts,
     Unit,
     differences,
-    flat,
     impossible,
     moments_shape,
     units,
@@ -50,7 +49,7 @@ from dit_jax.data.cache.tensor_files import (
 )
 from dit_jax.data.sources.rows import Strings
 from dit_jax.errors import DataError
-from dit_jax.files import read_json
+from dit_jax.files import flatten, read_json
 
 FORMAT = 1  # raised when older releases could not read the files any more
 BEGUN, MANIFEST, TABLE, BAD_RECORDS = "begun.json", "manifest.json", "table.safetensors", "bad_records.jsonl"
@@ -106,7 +105,7 @@ def write(folder: Path, identity: Identity, unit: Unit, shard: Pictures | Texts)
     if _is_whole(_open_shard, folder, identity, unit):
         return
     if isinstance(shard, Pictures):
-        tensors, notes = {"moments": shard.moments, "bad": shard.bad}, _notes(shard, unit)
+        tensors, notes = {"moments": shard.moments, "bad": shard.bad}, _notes(shard)
     else:
         tensors, notes = shard._asdict(), {}
     notes["of"] = _digest(identity, unit.name)
@@ -127,7 +126,7 @@ def written(folder: Path, identity: Identity, unit: Unit) -> Pictures | Texts:
     return Pictures(**found.tensors, problems=dict(found.notes["problems"]))
 
 
-def _notes(shard: Pictures, unit: Unit) -> dict[str, Any]:
+def _notes(shard: Pictures) -> dict[str, Any]:
     """Problems, and what the statistics are made of: per channel, over all raw samples, their sum and that of squares.
 
     A raw sample is mean + std * noise; the square of one is expected to be mean ** 2 + std ** 2.
@@ -274,7 +273,7 @@ def verify(folder: Path, say: Say) -> list[str]:
     manifest = read_manifest(folder)
     names = [TABLE, *(unit.name for unit in units(manifest))]
     hashes = {path.name: sha256 for path, sha256 in _hash([folder / n for n in names if (folder / n).is_file()], say)}
-    known = flat(manifest["shards"])
+    known = flatten(manifest["shards"])
     return [name for name in names if name not in hashes or hashes[name] != known.get(f"{name}.sha256")]
 
 
@@ -401,7 +400,7 @@ def _begun(folder: Path, identity: Identity) -> Identity | None:
     for name in (BEGUN, MANIFEST):  # in this order, because finishing writes one before it removes the other
         with contextlib.suppress(FileNotFoundError):
             found = _read(folder / name)
-            wanted = {field: value for field, value in flat(identity).items() if field not in PEOPLE}
+            wanted = {field: value for field, value in flatten(identity).items() if field not in PEOPLE}
             if wrong := differences(found, wanted, "there", "here"):
                 raise DataError(_otherwise(folder, found, wrong))
             return _identity(found)
@@ -433,7 +432,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         with readable(path):
             found = read_json(path)
-        fields = flat(found)
+        fields = flatten(found)
     except (ValueError, AttributeError) as error:
         raise DataError(f"{path} is damaged: it holds no JSON object; {AGAIN}") from error
     version = fields.get("format")
@@ -449,7 +448,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _digest(identity: Identity, name: str) -> str:
     """What a file of a cache is known by: a hash of its name and of what the cache was made from."""
-    fields = {field: value for field, value in flat(identity).items() if field not in PEOPLE}
+    fields = {field: value for field, value in flatten(identity).items() if field not in PEOPLE}
     return hashlib.sha256(json.dumps([name, fields], sort_keys=True).encode()).hexdigest()
 
 

@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from dit_jax.data.cache.parts import Identity, Pictures, Table, Texts, differences, flat
+from dit_jax.data.cache.parts import Identity, Pictures, Table, Texts, differences
 from dit_jax.data.cache.tensor_files import pages_of
 from dit_jax.data.sources.records import fingerprint_of_choice, fingerprint_of_mixture
 from dit_jax.errors import DataError
+from dit_jax.files import flatten
 
 Batch = dict[str, np.ndarray]  # an encoded batch, see dit_jax.arrays
 
@@ -299,7 +300,7 @@ def join(caches: Sequence[Cache], weights: Sequence[float], names: Sequence[str]
     if len(caches) == 1:
         return caches[0]
     first = caches[0].identity
-    alike = {field: value for field, value in flat(first).items() if not field.startswith(FREE)}
+    alike = {field: value for field, value in flatten(first).items() if not field.startswith(FREE)}
     for cache, name in zip(caches[1:], names[1:], strict=True):
         if wrong := differences(cache.identity, alike, name, names[0]):
             raise DataError(f"these caches cannot be trained on together: {'; '.join(wrong)}")

@@ -27,6 +27,7 @@ import numpy as np
 
 from dit_jax.data.sources.records import Source
 from dit_jax.data.sources.rows import Strings
+from dit_jax.files import flatten
 
 # What a cache was made from and how, as in its manifest: nested dicts of what JSON can hold.
 Identity = dict[str, Any]
@@ -176,18 +177,9 @@ def _cuts(count: int, size: int) -> list[tuple[int, int]]:
 # --- what a cache was made from and how ---------------------------------------------------------------------
 
 
-def flat(identity: Identity) -> dict[str, Any]:
-    """The fields of an identity by dotted names."""
-    fields: dict[str, Any] = {}
-    for name, value in identity.items():
-        inner = flat(value) if isinstance(value, dict) else {"": value}
-        fields |= {f"{name}.{rest}".rstrip("."): below for rest, below in inner.items()}
-    return fields
-
-
 def impossible(identity: Identity) -> list[str]:
     """Fields, of the right types, whose values no cache has: what is made of them would fail or be nonsense."""
-    fields = flat(identity)
+    fields = flatten(identity)
     possible = {
         "data.records": all(type(count) is int and count >= 0 for count in fields["data.records"]),
         "buckets": len(fields["buckets"]) == len(fields["data.records"])
@@ -215,7 +207,7 @@ def mismatches(manifest: Identity, expected: dict[str, Any]) -> list[str]:
 
 def differences(found: Identity, wanted: dict[str, Any], holder: str, asker: str) -> list[str]:
     """The same with other words for the cache and the run."""
-    held, asked = (json.loads(json.dumps(fields)) for fields in (flat(found), wanted))  # JSON has no tuples
+    held, asked = (json.loads(json.dumps(fields)) for fields in (flatten(found), wanted))  # JSON has no tuples
     return [
         f"{field}: {holder} {_short(held.get(field))}, {asker} {_short(value)}"
         for field, value in asked.items()

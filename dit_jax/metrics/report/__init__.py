@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dit_jax.files import read_json, write_whole
+from dit_jax.files import flatten, read_json, write_whole
 from dit_jax.metrics.report.grids import Grids
 from dit_jax.metrics.report.page import render
 from dit_jax.metrics.report.panels import Facts
@@ -62,7 +62,7 @@ class Report:
             self._grids = Grids(self._folder, self._place)
         pictures = self._grids.look()
         notes += [picture for _, picture in pictures if isinstance(picture, str)]
-        config = _flatten(self._read("config.json", notes))
+        config = flatten(self._read("config.json", notes))
         evaluation = self._folder / "evaluation"
         metrics = sorted(path.name for path in evaluation.glob("*.json"))[:METRICS_MOST] if evaluation.is_dir() else []
         return Facts(
@@ -93,11 +93,3 @@ class Report:
         except (OSError, ValueError) as error:
             notes.append(f"{name} cannot be read: {' '.join(str(error).split())[:200]}")
         return {}
-
-
-def _flatten(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Values by dotted key."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= _flatten(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
-    return found

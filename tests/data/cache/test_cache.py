@@ -25,11 +25,12 @@ from dit_jax.data.cache import files as cache_files
 from dit_jax.data.cache import parts, tensor_files
 from dit_jax.data.cache.files import begin, finish, missing, open_cache, read_manifest, verify, write
 from dit_jax.data.cache.gather import in_memory, join
-from dit_jax.data.cache.parts import Pictures, Table, Texts, Unit, flat, mismatches, tabulate, units
+from dit_jax.data.cache.parts import Pictures, Table, Texts, Unit, mismatches, tabulate, units
 from dit_jax.data.cache.tensor_files import open_tensors, write_tensors
 from dit_jax.data.order import make_order
 from dit_jax.data.sources.records import Mixture, Subset, fingerprint_of_choice
 from dit_jax.errors import DataError
+from dit_jax.files import flatten
 
 BUCKETS = ((32, 32), (16, 64), (64, 16))
 
@@ -568,9 +569,9 @@ def other_value(value):
 
 @pytest.mark.parametrize("field", parts.FIELDS)
 def test_every_field_that_differs_is_named_with_both_values(field, whole):
-    manifest, expected = read_manifest(whole[0]), flat(made_once().identity)
+    manifest, expected = read_manifest(whole[0]), flatten(made_once().identity)
     assert mismatches(manifest, expected) == []
-    held, expected[field] = flat(manifest)[field], other_value(expected[field])
+    held, expected[field] = flatten(manifest)[field], other_value(expected[field])
     (said,) = mismatches(manifest, expected)
     if isinstance(held, str) and len(held) == 64:
         assert said == f"{field}: cache {held[:12]}.., run cccccccccccc.."
