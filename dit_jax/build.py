@@ -7,7 +7,7 @@ what completes it in `dit_jax.resolve`.
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import optax
     from jax.sharding import AbstractMesh, Mesh
 
+    from dit_jax.arrays import Array
     from dit_jax.data.bad_records import BadRecords
     from dit_jax.data.cache.gather import Cache
     from dit_jax.data.cache.parts import Identity
@@ -234,8 +235,9 @@ def make_step(
     process: "Process",
     optimizer: "optax.GradientTransformation",
     learning_rate: "optax.Schedule",
+    to_model_latents: "Callable[[Array], Array] | None" = None,
 ) -> "TrainStep":
-    """One train step of a resolved config."""
+    """One train step of a resolved config; ``to_model_latents`` is that of its latents, unless it is given."""
     from dit_jax.training.step import TrainStep
 
     return TrainStep(
@@ -244,7 +246,7 @@ def make_step(
         sample_times=make_times(config, process),
         weight=make_weight(config, process),
         variance_weight=config.diffusion.variance_weight,
-        to_model_latents=make_latents(config).to_model,
+        to_model_latents=to_model_latents or make_latents(config).to_model,
         optimizer=optimizer,
         learning_rate=learning_rate,
         caption_dropout=config.caption_dropout,

@@ -102,21 +102,8 @@ def make_bench(
     config.update_from_flattened_dict(changes)
     model = build.make_model(config, build.compute_dtype(dtype, jax.devices()[0]))
     process = build.make_process(config)
-    optimizer, learning_rate = build.make_optimizer(config)
-    step = TrainStep(
-        model=model,
-        process=process,
-        sample_times=build.make_times(config, process),
-        weight=build.make_weight(config, process),
-        variance_weight=config.diffusion.variance_weight,
-        to_model_latents=lambda raw: raw * LATENT_SCALE,  # what `build` makes needs the packages of the encoders
-        optimizer=optimizer,
-        learning_rate=learning_rate,
-        caption_dropout=config.caption_dropout,
-        ema_decay=config.ema_decay,
-        accumulate=config.accumulate,
-        seed=config.seed,
-    )
+    # the latents of a config need the packages of the encoders
+    step = build.make_step(config, model, process, *build.make_optimizer(config), lambda raw: raw * LATENT_SCALE)
     return Bench(config, step, random_batch(model, batch))
 
 
