@@ -33,7 +33,7 @@ from dit_jax.sharding import make_mesh, replicated, with_sharding
 from dit_jax.training.checkpoint import restore_tree, restore_trees, save_tree
 from dit_jax.training.formats import in_parts, side_by_side
 from dit_jax.training.saved_steps import find_step, restore_metadata
-from dit_jax.training.state import init_params
+from dit_jax.training.state import abstract_params
 from dit_jax.trees import mismatches, named_leaves
 
 ITEM = {"ema": "ema", "raw": "params"}  # of a checkpoint, for every choice of parameters
@@ -188,7 +188,7 @@ def write_stored(folder: Path, config: ConfigDict, trained: Trained, params: Any
 def parameter_shapes(config: ConfigDict, factor: int) -> Any:
     """Shapes and types of the parameters of a resolved config; ``factor`` is that of the VAE."""
     model, side = build.make_model(config, jnp.float32), config.data.image_size // factor
-    return jax.eval_shape(lambda key: init_params(model, key, side, side), jax.random.key(0))
+    return abstract_params(model, side, side)
 
 
 def _verified(directory: Path, step: int | None, parameters: str, config: ConfigDict) -> Trained:

@@ -10,6 +10,7 @@ the estimate. No GPU was seen yet.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from jax.extend.core import Var
 from jax.typing import DTypeLike
 
 from dit_jax.models.dit import DiT
-from dit_jax.training.state import init_params
+from dit_jax.training.state import abstract_params
 from dit_jax.training.step import Batch, TrainStep
 
 
@@ -44,7 +45,7 @@ def saved_bytes(step: TrainStep, B: int, h: int, w: int) -> int:
     compiler may keep less, where computing a value again is cheaper than reading it.
     """
     step = dataclasses.replace(step, model=step.model.clone(mesh=None))  # B need not go into its devices
-    params = jax.eval_shape(lambda key: init_params(step.model, key, h, w), jax.random.key(0))
+    params = abstract_params(step.model.clone(remat="none"), h, w)  # the same for all policies, and so looked at once
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
     places = jax.ShapeDtypeStruct((B,), jnp.float32)
     batch = abstract_batch(step.model, B, h, w, jnp.float32)
@@ -83,6 +84,7 @@ def predict_activations(step: TrainStep, h: int, w: int) -> Activations:
     return Activations(kept.fixed, kept.per_image + room + again)
 
 
+@functools.cache
 def kept_bytes(step: TrainStep, h: int, w: int) -> tuple[Activations, Activations]:
     """What a step keeps between its passes: in all, and for one more block.
 

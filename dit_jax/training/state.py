@@ -46,6 +46,12 @@ def init_params(model: DiT, key: jax.Array, h: int, w: int) -> Any:
     return alone.init(key, x, jnp.zeros((1,)), text, train=False)["params"]
 
 
+@functools.cache
+def abstract_params(model: DiT, h: int, w: int) -> Any:
+    """Shapes and dtypes of the model's parameters for an ``h x w`` latent grid."""
+    return jax.eval_shape(lambda key: init_params(model, key, h, w), jax.random.key(0))
+
+
 def init_state(
     model: DiT, optimizer: optax.GradientTransformation, key: jax.Array, h: int, w: int, mesh: Mesh
 ) -> TrainState:
@@ -67,10 +73,9 @@ def abstract_state(
     return with_sharding(shapes, state_shardings(shapes, shapes.params, mesh))
 
 
-@functools.partial(
-    jax.jit, static_argnums=(0, 1, 2, 3)
-)  # for its trace, which two programs and many shapes are made of
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _fresh_state(model: DiT, optimizer: optax.GradientTransformation, h: int, w: int, key: jax.Array) -> TrainState:
+    """Jitted, so that arrays and shapes come from one trace."""
     params = init_params(model, key, h, w)
     ema = jax.tree.map(jnp.copy, params)  # not the same arrays: the step may donate both
     return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), LossScale.fresh(), Skips.none())
