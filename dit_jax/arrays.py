@@ -31,6 +31,8 @@ train step computes with them in float32. S is the longest caption of a set that
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 Array = Any  # a jax.Array, or a numpy array with the same shape and dtype
 
 
@@ -46,3 +48,13 @@ class TextStates(NamedTuple):
     hidden: Array
     pooled: Array
     mask: Array
+
+
+def to_signed(pixels: np.ndarray) -> np.ndarray:
+    """Pictures of uint8 as a VAE takes them: float32 in [-1, 1]."""
+    return pixels.astype(np.float32) / 127.5 - 1.0
+
+
+def to_pixels(images: Array) -> np.ndarray:
+    """Pictures in [-1, 1], as a VAE gives them back, as uint8."""
+    return np.round((np.asarray(images, np.float32) + 1.0) * 127.5).astype(np.uint8)

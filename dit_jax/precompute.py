@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from ml_collections import ConfigDict
 
+from dit_jax.arrays import to_pixels
 from dit_jax.config import load_config, name_of
 from dit_jax.ending import run_program, writable
 from dit_jax.errors import ConfigError, DataError, WorkdirError
@@ -286,8 +287,7 @@ def decoded(config: ConfigDict, cache: "Cache") -> "Iterator[Record]":
     some = cache.select(good[spread(SHEET[0] * SHEET[1], len(good))])
     for i, (id, captions) in enumerate(zip(some.ids(), some.captions(), strict=True)):
         mean = some.gather(np.array([i]), np.zeros(1, np.uint64), np.zeros(1, bool))["mean"].astype(np.float32)
-        pixels = np.asarray(vae.decode(mean))[0]  # in [-1, 1]
-        yield Record(np.round((pixels + 1) * 127.5).astype(np.uint8), captions, id)
+        yield Record(to_pixels(vae.decode(mean))[0], captions, id)
 
 
 def in_words(size: int) -> str:

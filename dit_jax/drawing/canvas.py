@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from dit_jax.arrays import to_signed
 from dit_jax.data.given import Given, fit_mask, fit_picture, read_mask, read_picture
 from dit_jax.data.transforms import PictureError
 from dit_jax.diffusion.editing import kept_latents
@@ -35,7 +36,7 @@ class Canvas(NamedTuple):
 
     def latents(self, vae: "VAE", height: int, width: int) -> Known:
         """The picture at a size as latents, and which of them are kept."""
-        pixels = fit_picture(self.picture, height, width)[None].astype(np.float32) / 127.5 - 1.0
+        pixels = to_signed(fit_picture(self.picture, height, width)[None])
         mean, _ = vae.encode(pixels)
         if self.redraw is None:
             return Known(mean, None)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from dit_jax import __version__
-from dit_jax.arrays import TextStates
+from dit_jax.arrays import TextStates, to_pixels
 from dit_jax.config import CHANGEABLE
 from dit_jax.errors import ConfigError
 from dit_jax.files import flatten
@@ -300,8 +300,7 @@ class Pipeline:
             negative = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(seeds), *a.shape[1:])), negative)
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
         latents = self._compiled(plan)(self.params, keys, text, negative, scale, known)
-        pixels = np.asarray(self.vae.decode(latents, decoding_dtype(self._model.dtype)))
-        return np.round((pixels + 1.0) * 127.5).astype(np.uint8)
+        return to_pixels(self.vae.decode(latents, decoding_dtype(self._model.dtype)))
 
     def _compile(self, plan: "Plan") -> Any:
         from dit_jax.drawing.plan import compile_sampler

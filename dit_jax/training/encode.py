@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax.arrays import to_signed
 from dit_jax.data.cache.parts import Identity, Pictures, Table, Texts, Unit
 from dit_jax.data.loader import RawBatch, Scanned, scan
 from dit_jax.data.sources.records import Source
@@ -133,11 +134,6 @@ def encode_every_step(
             "pooled": np.asarray(states.pooled).astype(TEXT_DTYPE),
             "mask": raw["mask"],
         }
-
-
-def to_signed(image: np.ndarray) -> np.ndarray:
-    """uint8 pictures to float32 in [-1, 1]."""
-    return image.astype(np.float32) / 127.5 - 1.0
 
 
 def tokenize_quietly(text_encoder: TextEncoder, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

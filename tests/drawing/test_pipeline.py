@@ -82,7 +82,7 @@ def test_kept_latents_reach_the_vae_as_they_were(pipe, picture, right_half, monk
     """Exactly, in every batch, with guidance, in an interval too; the others are drawn."""
     seen = []
     decode = pipe.vae.decode
-    monkeypatch.setattr(pipe.vae, "decode", lambda latents: seen.append(np.asarray(latents)) or decode(latents))
+    monkeypatch.setattr(pipe.vae, "decode", lambda x, dtype: seen.append(np.asarray(x)) or decode(x, dtype))
     for settings in ({}, {"sampler": "heun", "guidance_interval": (0.3, 0.8)}, {"strength": 0.5}):
         pipe([RED, BLUE], init_image=picture, mask=right_half, steps=4, guidance_scale=3.0, **settings)
     mean = pipe.vae.encode(np.asarray(picture, np.float32)[None] / 127.5 - 1)[0]

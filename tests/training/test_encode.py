@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from dit_jax.arrays import to_signed
 from dit_jax.data.cache.gather import in_memory
 from dit_jax.data.cache.parts import tabulate, units
 from dit_jax.data.shapes_world import ShapesWorld
@@ -72,7 +73,7 @@ def test_a_record_is_kept_as_the_encoders_return_it(frozen, source, mirrored):
     wanted = encoding(frozen, source, mirrored)
     cache = in_memory(wanted.identity, wanted.table, encode_all(wanted)[0].values())
     records = [source[i] for i in range(N)]
-    images = encode.to_signed(np.stack([record.image for record in records]))
+    images = to_signed(np.stack([record.image for record in records]))
     states = text([record.captions[0] for record in records])
     for side in {False, mirrored}:
         batch = cache.gather(np.arange(N), np.zeros(N, np.uint64), np.full(N, side))
@@ -155,7 +156,7 @@ def test_every_step_gives_the_dtypes_of_a_cache(frozen, source):
 
 def check(frozen, source, images, shown=True, **changes):
     vae, text = frozen
-    mean, std = vae.encode(encode.to_signed(images))
+    mean, std = vae.encode(to_signed(images))
     mask = text.tokenize([source[i].captions[0] for i in range(len(images))])[1]
     given = {"vae": vae, "preview": vae, "latents": vae.latent_scale, "images": images if shown else None, **changes}
     return encode.check_start({"mean": np.asarray(mean), "std": np.asarray(std), "mask": mask}, **given)
