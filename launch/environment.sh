@@ -2,6 +2,9 @@
 # Sourced by the scripts beside it: finds a Python and keeps a virtual environment with dit_jax in it.
 # Works with the bash 3.2 of macOS.
 
+# Nothing is compiled when it is installed: what a first start compiles must be kept, or every start does it again.
+unset PYTHONDONTWRITEBYTECODE
+
 fail() {
   printf '%s: %s\n' "$(basename "$0")" "$1" >&2
   exit 2

@@ -39,3 +39,9 @@ def test_the_tests_run_on_the_cpu(machine):
     machine.add("python3", STAND_IN_PYTHON.replace("esac", '  "-m pytest"*) echo "$JAX_PLATFORMS" ;;\nesac'))
     assert machine.run("test.sh", JAX_PLATFORMS="cuda").stdout.endswith("\ncpu\n")
     assert machine.run("test.sh", JAX_PLATFORMS="cuda").stdout == "cpu\n"
+
+
+def test_what_a_first_start_compiles_is_kept_for_the_next(machine):
+    script = '  "-m pytest"*) echo "kept: ${PYTHONDONTWRITEBYTECODE:-yes}" ;;\nesac'
+    machine.add("python3", STAND_IN_PYTHON.replace("esac", script))
+    assert machine.run("test.sh", PYTHONDONTWRITEBYTECODE="1").stdout.endswith("kept: yes\n")
