@@ -16,9 +16,10 @@ from dit_jax.bench import ablation, presets, train
 from dit_jax.bench.__main__ import PRESETS, main
 from dit_jax.bench.rounds import interleave, ratio
 from dit_jax.errors import ConfigError
-from dit_jax.models import layers
+from dit_jax.models import blocks, embeddings, layers
 from dit_jax.models.flops import training_flops
 from dit_jax.sharding import make_mesh
+from tests.toy import Toy
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "attention_head_dim": 8, "modulation": "adaln_zero"}
@@ -134,6 +135,40 @@ jax.eval_shape(bench.step, jax.eval_shape(lambda: bench.state(train.make_mesh(ja
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def gradient_of_toy() -> list[np.ndarray]:
+    """As the functions are now."""
+    toy = Toy(text_mode="pooled", num_layers=1)
+
+    def loss(params):
+        out = toy.model.apply({"params": params}, toy.x, toy.t, toy.text, train=False)
+        return jnp.square(out).mean()
+
+    return jax.tree.leaves(jax.device_get(jax.jit(jax.grad(loss))(toy.params)))
+
+
+@pytest.fixture(scope="module")
+def gradient() -> list[np.ndarray]:
+    return gradient_of_toy()
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "function"),
+    [
+        (layers, "layer_norm", ablation.plain_layer_norm),
+        (blocks, "attend", ablation.library_attention),
+        (embeddings, "project", ablation.project_tokens),
+        (embeddings, "project", ablation.project_apart),
+    ],
+)
+def test_what_takes_the_place_of_a_function_has_its_gradient(gradient, where, name, function, monkeypatch):
+    """By every parameter."""
+    traced = []
+    monkeypatch.setattr(where, name, lambda *a, **k: traced.append(1) or function(*a, **k))
+    for expected, found in zip(gradient, gradient_of_toy(), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    assert traced
 
 
 @pytest.fixture

@@ -251,6 +251,11 @@ def test_bfloat16_computes_near_float32_with_float32_parameters_and_output(toy):
     assert 1e-5 < error < 0.05  # not exact, or it would not be bfloat16
 
 
+def test_another_latent_grid_than_that_of_training(toy):
+    x = jax.random.normal(jax.random.key(0), (2, 8, 4, 3))
+    assert toy.apply(toy.params, x, toy.t, toy.text).shape == (2, 8, 4, 3)
+
+
 @pytest.mark.parametrize("name", ["pixart", "mmdit"])
 def test_prepared_text_gives_the_same_prediction(name):
     toy = Toy(**OPTIONS[name])

@@ -57,9 +57,10 @@ def test_what_stands_before_the_picture_is_not_turned():
 
 @pytest.mark.parametrize("name", ["dit", "mmdit"])
 def test_a_model_knows_where_patches_stand(name):
-    """Two patches that change places do not just do so in the answer."""
+    """Two patches that change places do not just do so in the answer; on another grid there is an answer too."""
     toy = Toy(**OPTIONS[name])
     x = np.asarray(toy.x).copy()
     x[:, :2, :2], x[:, 2:, 4:] = toy.x[:, 2:, 4:], toy.x[:, :2, :2]
     swapped, plain = toy.apply(toy.params, x, toy.t, toy.text), toy()
     assert np.abs(swapped[:, :2, :2] - plain[:, 2:, 4:]).max() > 1e-3
+    assert toy.apply(toy.params, x[:, :2], toy.t, toy.text).shape == (2, 2, 6, 3)
