@@ -1,5 +1,6 @@
 """An export for diffusers draws our pictures with torch alone, comes back bit for bit, and refuses what has no word."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -16,6 +17,7 @@ from PIL import Image
 from dit_jax import export, train
 from dit_jax.diffusion import samplers
 from dit_jax.drawing.pipeline import Pipeline
+from dit_jax.encoders import load_vae
 from dit_jax.errors import ConfigError
 from dit_jax.exchange import components
 from dit_jax.exchange.components import MODULE, PARAMETERS, SCRIPT
@@ -23,10 +25,13 @@ from tests.tiny_run import tiny_config
 
 PROMPTS = ["a large red circle", "a small blue square above a large green star"]
 SEED, STEPS = 3, 5
+SHIFT, SCALE = (0.5, -0.25, 0.0, 1.0), (0.2, 0.15, 0.25, 0.18)  # of the latents of the TAESD
 CHANGES = {
     "flow": {"sampler": "euler", "grid": "shifted", "guidance_interval": (0.3, 1.0)},
     "ddim": {"sampler": "ddim"},
+    "taesd": {"sampler": "euler"},
 }
+TAESD = Path(__file__).parents[1] / "encoders" / "golden" / "vae_tiny"
 DRAW = """
 import json, runpy, sys
 from pathlib import Path
@@ -44,7 +49,9 @@ assert not {"jax", "dit_jax"} & set(sys.modules)
 
 @pytest.fixture(scope="module")
 def pipes(tiny_run) -> dict[str, Pipeline]:
-    """The tiny run's model with parameters that are nowhere zero, as it predicts flow, and as if it predicted noise."""
+    """The tiny run's model with parameters that are nowhere zero: as it predicts flow, as if it predicted noise, and as
+    if it had been trained in the latents of a TAESD.
+    """
     pipe = Pipeline.load(tiny_run)
     leaves, structure = jax.tree.flatten(pipe.params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -54,8 +61,13 @@ def pipes(tiny_run) -> dict[str, Pipeline]:
         config = pipe.sample_config({"steps": STEPS, **changes})
         if name == "ddim":
             config.diffusion.update({"schedule": "scaled_linear", "prediction": "epsilon"})
-        params = structure.unflatten(noisy)
-        found[name] = Pipeline(config, pipe.vae, pipe.text_encoder, params, pipe.trained)
+        vae, trained = pipe.vae, pipe.trained
+        if name == "taesd":
+            vae = load_vae(TAESD)
+            trained = dataclasses.replace(trained, vae=vae.sha256)
+            config.latents.update(shift=SHIFT, scale=SCALE)
+            config.data.image_size = 8 * vae.factor  # the grid that the model knows
+        found[name] = Pipeline(config, vae, pipe.text_encoder, structure.unflatten(noisy), trained)
     return found
 
 
@@ -114,6 +126,7 @@ def test_every_file_says_what_it_is_for(folders):
         index = json.loads((folder / "model_index.json").read_text())
         scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         assert index["scheduler"] == ["diffusers", scheduler["_class_name"]]
+        assert index["vae"] == ["diffusers", "AutoencoderTiny" if name == "taesd" else "AutoencoderKL"]
         config = json.loads((folder / "transformer" / "config.json").read_text())
         assert config["sampling"]["steps"] == STEPS and len(config["latents_scale"]) == 4
         card = (folder / "README.md").read_text()

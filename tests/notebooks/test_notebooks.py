@@ -1,19 +1,22 @@
 """Every notebook runs from top to bottom in a fresh kernel, and its two files are one."""
 
+import json
 import os
 import re
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jupytext
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from nbclient.exceptions import DeadKernelError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from PIL import Image
 
 from dit_jax.training.saved_steps import steps_of, unfinished
@@ -91,38 +94,76 @@ def pictures_of(folder: Path) -> Path:
     return folder
 
 
-def test_a_run_on_your_pictures_whose_machine_goes_away_inside_a_save_is_the_same_run(tmp_path: Path):
-    """The kernel is killed while a checkpoint is being written; of that machine only what was kept is left."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder in (whole, killed):
-        folder.mkdir()
-        pictures_of(folder / "my_pictures")
-    printed, pictures = run("train_your_pictures", whole)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """Where train_your_pictures ran from top to bottom, undisturbed, and nothing was copied."""
+    folder = tmp_path_factory.mktemp("whole")
+    pictures_of(folder / "my_pictures")
+    printed, pictures = run("train_your_pictures", folder)
     assert "done: step 24 of 24" in printed and "a red wall" in printed and pictures == 3
-    assert (whole / "exports" / "my_pictures.zip").is_file()
+    assert (folder / "exports" / "my_pictures.zip").is_file()
+    return folder
 
-    client = fast("train_your_pictures", killed, {"KEEP = ": "KEEP = 'drive/mine' or "})
-    environment = os.environ | {"DIT_JAX_FAST": "1", "PYTHONPATH": str(killed)}
-    saved, saving = killed / "drive" / "mine" / "checkpoints", killed / "runs" / "my_pictures" / "checkpoints"
 
-    def kill_inside_a_save() -> None:
+def disturbed(folder: Path, error: type[Exception], when: Callable[[], object], disturb: Callable[[Any], None]) -> str:
+    """Run train_your_pictures until it fails, as something is done to its kernel at a moment; what it printed.
+
+    Then all of that machine but what was kept is taken away.
+    """
+    pictures_of(folder / "my_pictures")
+    client = fast("train_your_pictures", folder, {"KEEP = ": "KEEP = 'drive/mine' or "})
+
+    def strike() -> None:
         begin = time.monotonic()
-        while not (steps_of(saved) and unfinished(saving)):
+        while not when():
             assert time.monotonic() - begin < 120
             time.sleep(0.001)
-        os.kill(client.km.provisioner.process.pid, signal.SIGKILL)
+        disturb(client.km.provisioner.process)
 
     with ThreadPoolExecutor(1) as pool:
-        death = pool.submit(kill_inside_a_save)
-        with pytest.raises(DeadKernelError):
-            client.execute(env=environment)
-        death.result()
-    shutil.rmtree(killed / "runs")
-    shutil.rmtree(killed / "caches")
-    (at,) = steps_of(saved)[-1:]
-    printed, _ = run("train_your_pictures", killed, KEEP="drive/mine")
-    assert f"resuming from step {at}" in printed and "done: step 24 of 24" in printed and 0 < at < 24
+        struck = pool.submit(strike)
+        with pytest.raises(error):
+            client.execute(env=os.environ | {"DIT_JAX_FAST": "1", "PYTHONPATH": str(folder)})
+        struck.result()
+    shutil.rmtree(folder / "runs")
+    shutil.rmtree(folder / "caches")
+    outputs = [output for cell in client.nb.cells for output in cell.get("outputs", [])]
+    return "".join(output.get("text", "") for output in outputs)
 
+
+def check_it_goes_on(folder: Path, whole: Path, at: int) -> None:
+    """A fresh kernel begins with what was kept, a step, and ends as the run that was left alone."""
+    printed, _ = run("train_your_pictures", folder, KEEP="drive/mine")
+    assert f"resuming from step {at}" in printed and "done: step 24 of 24" in printed and 0 < at < 24
     for name in ("runs/my_pictures/metrics.jsonl", "exports/my_pictures/model.safetensors"):
-        assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
-    assert steps_of(saved) == steps_of(saving) and (killed / "drive" / "my_pictures.zip").is_file()
+        assert (whole / name).read_bytes() == (folder / name).read_bytes(), name
+    kept, own = (folder / place / "checkpoints" for place in ("drive/mine", "runs/my_pictures"))
+    assert steps_of(kept) == steps_of(own) and (folder / "drive" / "my_pictures.zip").is_file()
+
+
+def test_a_run_on_your_pictures_whose_machine_goes_away_inside_a_save_is_the_same_run(whole: Path, tmp_path: Path):
+    """The kernel is killed while a checkpoint is being written; of that machine only what was kept is left."""
+    saved, saving = tmp_path / "drive" / "mine" / "checkpoints", tmp_path / "runs" / "my_pictures" / "checkpoints"
+    disturbed(
+        tmp_path,
+        DeadKernelError,
+        when=lambda: steps_of(saved) and unfinished(saving),
+        disturb=lambda kernel: kernel.kill(),
+    )
+    check_it_goes_on(tmp_path, whole, at=steps_of(saved)[-1])
+
+
+def test_a_run_on_your_pictures_that_is_interrupted_is_kept_up_to_that_step(whole: Path, tmp_path: Path):
+    """The stop button, between two saves; the machine goes away right after the cell has ended."""
+    run_of_it = tmp_path / "runs" / "my_pictures"
+    printed = disturbed(
+        tmp_path,
+        CellExecutionError,
+        when=lambda: (run_of_it / "metrics.jsonl").is_file() and (run_of_it / "metrics.jsonl").stat().st_size,
+        disturb=lambda kernel: kernel.send_signal(signal.SIGINT),
+    )
+    kept = tmp_path / "drive" / "mine"
+    status = json.loads((kept / "STATUS.json").read_text())
+    assert status["state"] == "interrupted" and "done: step" not in printed
+    assert steps_of(kept / "checkpoints")[-1] == status["step"] == status["saved"]
+    check_it_goes_on(tmp_path, whole, at=status["step"])
