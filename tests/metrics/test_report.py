@@ -202,6 +202,18 @@ def test_damage_leads_to_a_note_and_never_to_an_error(run, tmp_path):
     assert [a["id"] for a in page_of(workdir).all("section")] == [*PANELS, "notes"]
 
 
+def test_skipped_steps_are_marked_though_the_curve_ends_before_them(tmp_path):
+    """Where the loss is no number any more there is no point, and the axis goes on all the same."""
+    rows = [
+        {"step": step, "loss": 2.0 - step / 9 if step < 9 else None, "skipped": int(step > 8)} for step in (3, 6, 9)
+    ]
+    write_rows(tmp_path / METRICS, rows)
+    page = page_of(tmp_path)
+    marks = [float(a["x1"].removesuffix("%")) for a in page.all("line", "mark")]
+    assert marks and all(0 <= at <= 100 for at in marks)
+    assert "1 step was skipped up to the last row" in page.text
+
+
 def test_what_cannot_be_written_is_a_warning(tmp_path):
     (tmp_path / PAGE).mkdir()
     warning = Report(tmp_path, tmp_path, {}, None).write()

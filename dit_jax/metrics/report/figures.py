@@ -16,20 +16,18 @@ Told = Mapping[str, Sequence[tuple[float, float]]]
 
 def training_loss(record: Record, total: int, marks: Sequence[Mark]) -> str:
     """The loss of training."""
-    curve = record.curves["loss"]
+    curve, x = record.curves["loss"], _steps(total, record.last_step)
     said = "of the step itself, over the whole batch; the strong line is its average over a 50th of the curve"
-    return _figure(
-        "loss", "Training loss", said, _over_steps(curve, "train", total, marks, "loss", "Loss"), _key(marks)
-    )
+    return _figure("loss", "Training loss", said, _over_steps(curve, "train", x, marks, "loss", "Loss"), _key(marks))
 
 
 def validation(record: Record, total: int, marks: Sequence[Mark]) -> str:
     """The mean of the validation error over all levels."""
-    curve = record.curves[VALIDATION]
+    curve, x = record.curves[VALIDATION], _steps(total, record.last_step)
     least = curve.least()
     said = "error of x0 on records that were set aside, mean over all levels of noise"
     said += f"; least {figure(least[1])} at step {least[0]:,}" if least else ""
-    plot = _over_steps(curve, "held", total, marks, "error", "Validation error")
+    plot = _over_steps(curve, "held", x, marks, "error", "Validation error")
     return _figure("validation", "Validation error", said, plot, _key(marks))
 
 
@@ -67,17 +65,17 @@ def profiles(record: Record) -> str:
 
 def speed(record: Record, total: int, marks: Sequence[Mark]) -> str:
     """Pictures a second."""
-    curve = record.curves["images_per_second"]
+    curve, x = record.curves["images_per_second"], _steps(total, record.last_step)
     said = "between two rows; saving, sampling and validation do not count, waiting for data does"
-    plot = _over_steps(curve, "speed", total, marks, "images/s", "Images per second", zero=True)
+    plot = _over_steps(curve, "speed", x, marks, "images/s", "Images per second", zero=True)
     return _figure("speed", "Images per second", said, plot, _key(marks))
 
 
 def plain(record: Record, name: str, total: int, marks: Sequence[Mark]) -> str:
     """A further curve: its name in the rows, title, unit and what is to be said of it."""
     title, unit, said, scale = PLAIN[name]
-    curve = record.curves[name]
-    plot = _over_steps(curve, "other", total, marks, unit, title, name in FROM_ZERO, scale, name not in CALM)
+    curve, x = record.curves[name], _steps(total, record.last_step)
+    plot = _over_steps(curve, "other", x, marks, unit, title, name in FROM_ZERO, scale, name not in CALM)
     return _figure(name, title, said, plot)
 
 
@@ -104,7 +102,7 @@ CALM = {"learning_rate", "loss_scale", "memory_gib"}
 def _over_steps(
     curve: Curve,
     style: str,
-    total: int,
+    x: Axis,
     marks: Sequence[Mark],
     unit: str,
     title: str,
@@ -114,14 +112,14 @@ def _over_steps(
 ) -> str:
     """A curve and, if it is ``noisy`` and long, its average; ``zero``: from 0 on."""
     average = curve.smooth() if noisy else []
-    points, smooth = ([(x, scale * y) for x, y in some] for some in (curve.points(), average))
+    points, smooth = ([(step, scale * value) for step, value in some] for some in (curve.points(), average))
     raw = Line("", f"{style} raw" if smooth else style, points, curve.count < 25)
     lines = [raw, Line("", style, smooth)] if smooth else [raw]
     told = {"value": points} | ({"average": smooth} if smooth else {})
     values = [y for _, y in points]
     label = f"{title} from step {points[0][0]:,} to {points[-1][0]:,}: from {figure(values[0])} to {figure(values[-1])}"
     label += f", between {figure(min(values))} and {figure(max(values))}"
-    return _plots(_steps(total, int(points[-1][0])), lines, told, marks, label, ("step", unit), zero)
+    return _plots(x, lines, told, marks, label, ("step", unit), zero)
 
 
 def _plots(

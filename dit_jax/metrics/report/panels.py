@@ -178,7 +178,9 @@ def history(facts: Facts) -> str:
         parts.append('<p class="said">One process has worked at this run.</p>')
     if record.skipped:
         rows = [[f"{skip.after:,} to {skip.until:,}", f"{skip.steps:,}"] for skip in record.skips]
-        parts.append(f'<p class="said">{record.skipped:,} steps were skipped, as loss or gradient was not finite.</p>')
+        steps = "1 step was" if record.skipped == 1 else f"{record.skipped:,} steps were"
+        said = f"{steps} skipped up to the last row, as loss or gradient was not finite."
+        parts.append(f'<p class="said">{said}</p>')
         parts.append(table(["between the rows of steps", "skipped"], rows))
     else:
         parts.append('<p class="said">No step was skipped.</p>')
