@@ -223,6 +223,7 @@ def inspect(config: ConfigDict, sheet: Path) -> None:
     from dit_jax.data.inspection.contact_sheet import contact_sheet, lay_out
     from dit_jax.data.inspection.sources import inspect
     from dit_jax.data.sources.catalogue import parse
+    from dit_jax.data.sources.folder import passed_over
     from dit_jax.feed import THREADS
     from dit_jax.resolve import check_ranges
 
@@ -246,6 +247,8 @@ def inspect(config: ConfigDict, sheet: Path) -> None:
         size, bad = config.data.image_size, config.data.max_bad_fraction
         how = THREADS, config.data.patience
         lines = inspect(source, text.tokenizer.count, text.length, size, bad, shapes, OPENED, *how, say).lines()
+        unread = filter(None, (passed_over(path_of(part.place)) for part in parts if part.kind == "folder"))
+        lines += [f"passed over: {kinds}" for kinds in unread]
         image = contact_sheet(source, *SHEET, *how)
     say("\n".join(lines))
     if image:

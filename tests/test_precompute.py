@@ -394,6 +394,18 @@ def test_inspecting_a_set_and_its_cache_writes_nothing_but_a_sheet(cache, tmp_pa
     assert content(cache) == before
 
 
+def test_inspecting_a_folder_tells_of_pictures_in_formats_that_are_not_read(tmp_path):
+    folder = tmp_path / "phone"
+    folder.mkdir()
+    Image.new("RGB", (80, 64), "red").save(folder / "IMG_1.jpg")
+    (folder / "IMG_2.HEIC").write_bytes(b"ftypheic")
+    for i in (1, 2):
+        (folder / f"IMG_{i}.txt").write_text(f"wall {i}")
+    done = run(f"--config={CONFIG}", f"--inspect=folder:{folder}", f"--sheet={tmp_path / 'sheet.png'}")
+    assert done.returncode == 0, done.stderr
+    assert "1 records" in done.stdout and "passed over: 1 .heic: not read, convert them to JPEG" in done.stdout
+
+
 def test_inspecting_a_damaged_cache_tells_all_of_it_and_fails(cache, tmp_path):
     folder = shutil.copytree(cache, tmp_path / "copy")
     shard = folder / "pictures-00003-of-00006.safetensors"

@@ -1,6 +1,7 @@
 """A folder of pictures with their captions as a source."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from dit_jax.data.sources.rows import LONGEST_TEXT, Entry, Files, Rows
 from dit_jax.errors import DataError
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw")  # of phones and cameras
+MANIFESTS = {"metadata.jsonl": read_jsonl, "metadata.csv": read_csv, "metadata.json": read_json}
 
 
 class Folder(Files):
@@ -47,12 +50,20 @@ USUAL = columns(image="", caption="")
 
 def _rows(folder: Path) -> Rows:
     """Reads the captions of a folder in the first layout that is there."""
-    readers = {"metadata.jsonl": read_jsonl, "metadata.csv": read_csv, "metadata.json": read_json}
-    for file_name, read in readers.items():
+    for file_name, read in MANIFESTS.items():
         file = folder / file_name
         if file.is_file():
             return usable_rows(map(_inside, read(file, USUAL)), file, USUAL)
-    return _paired_rows(folder, looked_for=tuple(readers))
+    return _paired_rows(folder)
+
+
+def passed_over(folder: Path) -> str:
+    """What a folder of pairs holds of pictures in formats that are not read, and what mends it; empty if nothing."""
+    if any((folder / name).is_file() for name in MANIFESTS):
+        return ""  # what it lists and cannot be decoded is a bad record
+    found = Counter(os.path.splitext(name)[1].lower() for name in _names(folder, UNREAD_SUFFIXES))
+    kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(found.items()))
+    return kinds and f"{kinds}: not read, convert them to JPEG"
 
 
 def _inside(entry: Entry) -> Entry:
@@ -62,23 +73,29 @@ def _inside(entry: Entry) -> Entry:
     return entry
 
 
-def _paired_rows(folder: Path, looked_for: tuple[str, ...]) -> Rows:
-    """Pairs of picture and text, sorted by name; hidden files and folders are no data."""
+def _names(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
+    """The files that end so, in any depth, sorted; hidden files and folders are no data."""
     names: list[str] = []
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        pictures = [f for f in files if f.lower().endswith(PICTURE_SUFFIXES) and not f.startswith(".")]
+        found = [f for f in files if f.lower().endswith(suffixes) and not f.startswith(".")]
         below = os.path.relpath(root, folder) if root != str(folder) else ""
-        names += [os.path.join(below, picture) for picture in pictures]
-    names.sort()
-    rows = Rows(_paired_entries(folder, names))
+        names += [os.path.join(below, name) for name in found]
+    return sorted(names)
+
+
+def _paired_rows(folder: Path) -> Rows:
+    """Pairs of picture and text, sorted by name."""
+    rows = Rows(_paired_entries(folder, _names(folder, PICTURE_SUFFIXES)))
     if len(rows.problems) == len(rows):
-        nested = sorted(path.parent for name in looked_for for path in folder.glob(f"*/{name}"))
+        nested = sorted(path.parent for name in MANIFESTS for path in folder.glob(f"*/{name}"))
         advice = 'write a line {"file_name": "cat.jpg", "text": "a cat"} per picture into metadata.jsonl'
         if nested:
             advice = f"set data.source=folder:{nested[0]}"
+        elif not len(rows) and (unread := passed_over(folder)):
+            advice = unread
         raise DataError(
-            f"no captions in data folder {folder}: looked for {', '.join(looked_for)} and for cat.txt beside "
+            f"no captions in data folder {folder}: looked for {', '.join(MANIFESTS)} and for cat.txt beside "
             f"cat.jpg ({len(rows)} pictures seen); {advice}"
         )
     return rows

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_jax.data.sources.folder import Folder
+from dit_jax.data.sources.folder import Folder, passed_over
 from dit_jax.data.sources.records import BadRecord, split
 from dit_jax.errors import DataError
 
@@ -223,6 +223,21 @@ def test_a_folder_without_captions_says_what_was_looked_for(pictures):
     text = message(pictures)
     assert all(name in text for name in ("metadata.jsonl", "metadata.csv", "metadata.json", "cat.txt"))
     assert "3 pictures seen" in text and "write a line" in text
+
+
+def test_pictures_as_phones_save_them_are_named_with_what_mends_it(tmp_path):
+    """By their names alone: no reader of ours is asked. A folder with a list is another matter."""
+    for name in ("IMG_1.HEIC", "sub/IMG_2.heic", "IMG_3.dng", ".hidden.heic"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+        (tmp_path / name).with_suffix(".txt").write_text("a cat")
+    told = "1 .dng, 2 .heic: not read, convert them to JPEG"
+    assert message(tmp_path).endswith(f"(0 pictures seen); {told}")
+    draw(tmp_path, "a.png")
+    (tmp_path / "a.txt").write_text("a dog")
+    assert len(Folder(tmp_path)) == 1 and passed_over(tmp_path) == told
+    write_jsonl(tmp_path, {"a.png": "a dog"})
+    assert passed_over(tmp_path) == ""
 
 
 def test_captions_one_folder_below_are_pointed_at(pictures):
