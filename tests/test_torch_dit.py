@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 import dit_jax
 from dit_jax.arrays import TextStates
-from dit_jax.models.dit import DiT
+from dit_jax.models.dit import CHOICES, DiT
 from dit_jax.training.formats import side_by_side
 from dit_jax.trees import named_leaves
 from tests.models.options import OPTIONS
@@ -48,6 +48,16 @@ def theirs() -> ModuleType:
     sys.modules[spec.name] = module  # where its dataclass looks for its types
     spec.loader.exec_module(module)
     return module
+
+
+def test_it_computes_every_choice_and_refuses_what_it_does_not_know(theirs):
+    """A word that only one of the two files learnt would otherwise be taken for another one."""
+    assert theirs.CHOICES == CHOICES
+    config = config_of(Toy().model)
+    assert theirs.Config.of(config).mlp == config["mlp"]
+    for key in CHOICES:
+        with pytest.raises(ValueError, match=f"{key} is 'relu2'; this file computes {', '.join(CHOICES[key])}"):
+            theirs.Config.of(config | {key: "relu2"})
 
 
 def config_of(model: DiT) -> dict:

@@ -7,6 +7,7 @@ The encoders are the files that the model was trained with, byte for byte, so th
 one module of PyTorch that reads them; nothing here is loaded as remote code. ``sample.py`` draws.
 """
 
+import ast
 import json
 import re
 import shutil
@@ -43,6 +44,12 @@ def check(config: ConfigDict, vae: "VAE", text_encoder: "TextEncoder") -> Schedu
             f"text_encoder {text_encoder.name} joins several towers, which --format=diffusers does not write;"
             " --format=safetensors exports it for dit_jax"
         )
+    for key, known in _computed_in_torch().items():
+        if config.model[key] not in known:
+            raise ConfigError(
+                f"model.{key}={config.model[key]} is not computed by {SOURCES[MODULE]}, which knows {', '.join(known)}:"
+                " add it there and to its CHOICES, or --format=safetensors exports it for dit_jax"
+            )
     for kind, files in (("vae", vae.files), ("text_encoder", text_encoder.files)):
         expected = re.compile(rf"config\.json|{STEMS[kind]}(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
         for name, path in files.items():
@@ -52,6 +59,14 @@ def check(config: ConfigDict, vae: "VAE", text_encoder: "TextEncoder") -> Schedu
                     " with that, or --format=safetensors exports it for dit_jax"
                 )
     return scheduler_of(config.diffusion, config.sample, config.model.out_channels > config.model.in_channels)
+
+
+def _computed_in_torch() -> dict[str, tuple[str, ...]]:
+    """``CHOICES`` of the module that goes with an export, read without torch."""
+    statements = ast.parse(SOURCES[MODULE].read_text(encoding="utf-8")).body
+    assigned = [node for node in statements if isinstance(node, ast.Assign)]
+    (value,) = (node.value for node in assigned if ast.unparse(node.targets[0]) == "CHOICES")
+    return ast.literal_eval(value)
 
 
 def write(folder: Path, config: ConfigDict, vae: "VAE", text_encoder: "TextEncoder", scheduler: Scheduler) -> None:

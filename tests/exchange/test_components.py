@@ -162,6 +162,9 @@ def test_what_cannot_be_said_is_refused_by_name(pipes, tmp_path, monkeypatch):
         patch.setattr(pipe, "config", pipe.sample_config({"sampler": "heun"}))
         refused("sample.sampler=heun on schedule rectified_flow has no counterpart in diffusers; choose another with")
     with monkeypatch.context() as patch:
+        patch.setitem(pipe.config.model, "mlp", "relu2")
+        refused(r"model.mlp=relu2 is not computed by .*torch/dit.py, which knows silu, gelu, swiglu: add it there and")
+    with monkeypatch.context() as patch:
         patch.setattr(pipe.vae, "files", {"config.json": Path("a"), "flax_model.msgpack": Path("b/flax_model.msgpack")})
         refused("vae: diffusers does not read b/flax_model.msgpack; save its weights as diffusion_pytorch_model")
     with monkeypatch.context() as patch:

@@ -37,6 +37,15 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 EPS = 1e-6  # of all norms
 NUM_FREQUENCIES, MAX_PERIOD = 256, 10_000.0
 VECTORS = {"adaln": 4, "adaln_zero": 6, "adaln_single": 6}  # that a block needs of its modulation
+CHOICES = {  # what is computed here
+    "mlp": ("silu", "gelu", "swiglu"),
+    "norm": ("layer", "rms"),
+    "positions": ("learned", "sincos", "none"),
+    "text_mode": ("pooled", "cross", "joint"),
+    "text_pool": ("eos", "mean", "none"),
+    "modulation": ("adaln", "adaln_zero", "adaln_single"),
+    "remat": ("none", "dots", "full"),
+}
 PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]  # what remat=dots keeps
 
 
@@ -68,6 +77,11 @@ class Config:
     text_width: int
     pooled_width: int
     remat: str
+
+    def __post_init__(self) -> None:
+        for key, known in CHOICES.items():
+            if getattr(self, key) not in known:
+                raise ValueError(f"{key} is {getattr(self, key)!r}; this file computes {', '.join(known)}")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Config":
