@@ -8,9 +8,11 @@ An export's ``config.json`` is that of its run with one section more, ``trained`
 hashes of data and encoders. The encoders that it was trained with lie in it, or ``vae`` and ``text_encoder`` name them.
 """
 
+import contextlib
 import json
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -107,15 +109,31 @@ class Stored:
         shapes = with_sharding(shapes, sharding or replicated(make_mesh(jax.devices()[:1])))
         if not self.exported:
             item = ITEM[self.trained.parameters]
-            return restore_trees(self.folder / "checkpoints", self.trained.step, {item: shapes})[item]
+            with _without_warnings():
+                return restore_trees(self.folder / "checkpoints", self.trained.step, {item: shapes})[item]
         flat = side_by_side(shapes)
         if (self.folder / SAFETENSORS).is_file():
             return in_parts(_read_safetensors(self.folder / SAFETENSORS, flat), shapes)
         if (self.folder / PARAMETERS).is_file():
             return in_parts(_read_safetensors(self.folder / PARAMETERS, flat), shapes)
         if (self.folder / ORBAX).is_dir():
-            return in_parts(restore_tree(self.folder / ORBAX, flat), shapes)
+            with _without_warnings():
+                return in_parts(restore_tree(self.folder / ORBAX, flat), shapes)
         raise CheckpointError(f"no parameters in {self.folder}: there is no {SAFETENSORS}, {ORBAX}/ or {PARAMETERS}")
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Orbax warns that a part of a step has no metadata of its own: those of the step are a folder above. Programs mute
+    it (`dit_jax.runtime`); who loads a model in Python has called none.
+    """
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def open_stored(path: str | Path, parameters: str | None, step: int | None) -> Stored:

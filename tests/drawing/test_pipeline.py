@@ -2,6 +2,8 @@
 
 import logging
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -166,6 +168,13 @@ def test_a_decompression_bomb_is_refused(pipe, picture, tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(DataError, match="init_image: .*picture.png: too many pixels"):
         pipe([RED], init_image=tmp_path / "picture.png")
+
+
+def test_a_run_is_loaded_in_python_without_a_word(tiny_run):
+    """In a process that called no program of ours: nobody has muted what libraries say there."""
+    code = "import sys; from dit_jax.sample import Pipeline; Pipeline.load(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(tiny_run)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_seeds_one_by_one(pipe):
