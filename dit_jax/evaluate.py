@@ -162,7 +162,7 @@ def score_validation(pipeline: Pipeline, elsewhere: bool) -> tuple[Scores, None,
     records = build.make_validation_source(config) if own else build.make_source(config, "all")
     print(f"{'set aside by the run' if own else 'all records'}: {len(records):,} of {source}", flush=True)
     encoded = open_validation(
-        config, None, records, pipeline.vae, pipeline.text_encoder, functools.partial(print, flush=True)
+        config, None, None, records, pipeline.vae, pipeline.text_encoder, functools.partial(print, flush=True)
     )
     model = build.make_model(config, build.compute_dtype(config.dtype, jax.devices()[0]))
     mesh = make_mesh(jax.devices())

@@ -1,7 +1,7 @@
 """Trains a model: one call, `run`, from a config to a finished workdir.
 
     workdir/  config.json  checkpoints/<step>/  metrics.jsonl  timing.jsonl  tb/  samples/  STATUS.json  report.html
-              bad_records.jsonl, diverged/, logs/ where there was something to tell
+              encoded/ with data.encode=once; bad_records.jsonl, diverged/, logs/ where there was something to tell
 
 Several processes call it alike (`dit_jax.processes`); the first of them writes and says what there is to say.
 
@@ -174,7 +174,8 @@ def take_steps(
     config, workdir, mesh = parts.config, parts.workdir, parts.mesh
     scaled = " with a dynamic loss scale" if parts.model.dtype == jnp.float16 else ""
     say(f"parameters: {count_parameters(state.params):,}; compute in {np.dtype(parts.model.dtype).name}{scaled}")
-    feed = open_feed(config, workdir.folder, parts.source, parts.vae, parts.preview, parts.text_encoder, say)
+    listed, kept = processes.own_file(workdir.folder / "bad_records.jsonl"), workdir.encoded("train")
+    feed = open_feed(config, listed, kept, parts.source, parts.vae, parts.preview, parts.text_encoder, say)
     validation = make_validation(parts)
     beginning.done("encoding")
     if processes.is_first():
@@ -241,7 +242,8 @@ def make_validation(parts: Parts) -> Validation | None:
     if parts.held_out is None:
         return None
     listed = processes.own_file(parts.workdir.folder / "bad_records.jsonl")
-    records = open_validation(parts.config, listed, parts.held_out, parts.vae, parts.text_encoder, say)
+    kept = parts.workdir.encoded("validation")
+    records = open_validation(parts.config, listed, kept, parts.held_out, parts.vae, parts.text_encoder, say)
     return build.make_validation(parts.config, parts.model, parts.process, records, parts.mesh)
 
 

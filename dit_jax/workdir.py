@@ -44,6 +44,10 @@ class Workdir:
         """Where the checkpoints are."""
         return self.place / CHECKPOINTS
 
+    def encoded(self, part: str) -> Path | None:
+        """Where a part of the data is kept as it was encoded; nowhere in front of a bucket, as this machine may go."""
+        return self.folder / "encoded" / part if self.folder == self.place else None
+
     def lock(self) -> None:
         """Keep other runs out until this process ends, however it does; buckets and some networks' disks cannot.
 

@@ -26,8 +26,8 @@ PROGRAMS = {
 }
 # layer 3
 MIDDLE = {
-    "config", "resolve", "build", "feed", "exchange", "stored", "origin", "drawing", "runtime", "ending", "workdir",
-    "duties", "parts", "mirror",
+    "config", "resolve", "build", "encoded", "feed", "exchange", "stored", "origin", "drawing", "runtime", "ending",
+    "workdir", "duties", "parts", "mirror",
 }  # fmt: skip
 BELOW_PROGRAMS = LEAVES | LIBRARIES | ROOMS | MIDDLE
 
@@ -43,7 +43,8 @@ MAY_IMPORT = {
     "config": LEAVES,  # knows of no object that is made from it
     "resolve": LEAVES | {"encoders"},  # completes a config
     "build": LEAVES | LIBRARIES | ROOMS | {"resolve"},
-    "feed": LEAVES | LIBRARIES | ROOMS | {"config", "build"},  # what runs are fed with
+    "encoded": LEAVES | LIBRARIES | ROOMS | {"build"},  # what is encoded once
+    "feed": LEAVES | LIBRARIES | ROOMS | {"config", "build", "encoded"},  # what runs are fed with
     "exchange": LEAVES | {"diffusion", "encoders", "config"},  # trained models as other programs have them
     "stored": LEAVES | ROOMS | {"encoders", "config", "build", "exchange"},  # trained models on disk
     "origin": LEAVES | ROOMS | {"encoders", "config", "exchange", "stored"},  # what a new run begins with
