@@ -33,6 +33,7 @@ from dit_jax.training.progress import EncodingCounter
 THREADS = 8  # that read and decode pictures, in every process that does
 SAY_EVERY = 30.0  # seconds between two lines on how far the encoding is
 PER_SHARD = 512  # records, or captions, that are encoded and kept as a whole; of more, more would be lost
+SHARE = 0.1  # of what is free on a disk: the rest is for checkpoints
 
 Say = Callable[[str], None]
 
@@ -112,9 +113,9 @@ def begin(folder: Path, identity: Identity, table: Table, say: Say) -> Path | No
     except OSError as error:
         say_not_kept(folder, f"{error.strerror or error}", say)
         return None
-    if files.missing(folder, identity) and 2 * most > free:
+    if files.missing(folder, identity) and most > free * SHARE:
         shutil.rmtree(folder, ignore_errors=True)
-        say_not_kept(folder, f"it may take {most / 2**30:.2f} GiB of the {free / 2**30:.2f} that are free", say)
+        say_not_kept(folder, f"it may take {most / 2**30:.2f} GiB, and {free / 2**30:.2f} are free", say)
         return None
     return folder
 
