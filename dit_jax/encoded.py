@@ -11,7 +11,7 @@ and write what no other was quicker to write.
 import contextlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -72,31 +72,40 @@ def encode_once(
     identity = build.make_identity(
         config, source.name, source.fingerprint(), counts, shapes, flip, vae, text_encoder, PER_SHARD
     )
-    wanted = units(identity)
-    kept = kept and begin(kept, identity, table, say)
-    left = files.missing(kept, identity) if kept else wanted
-    shards = {unit: files.written(kept, identity, unit) for unit in wanted if unit not in set(left)} if kept else {}
-    for unit, shard in shards.items():
-        note_problems(bad_records, table, unit, shard)
-    pictures, captions = (sum(len(unit) for unit in left if unit.kind == kind) for kind in ("pictures", "texts"))
-    if shards:
-        say(f"encoded before: {sum(map(len, wanted)) - pictures - captions:,} pictures and captions, in {kept}")
+    wanted = left = units(identity)
+    if kept and (kept := begin(kept, identity, table, say)):
+        left = files.missing(kept, identity)
+        missing = set(left)
+        for unit in wanted:
+            if unit not in missing:
+                note_problems(bad_records, table, unit, files.written(kept, identity, unit))
+        if done := sum(map(len, wanted)) - sum(map(len, left)):
+            say(f"encoded before: {done:,} pictures and captions, in {kept}")
+
+    in_hand: dict[Unit, Pictures | Texts] = {}  # what could not be kept
     if left:
         begun = time.monotonic()
+        pictures, captions = (sum(len(unit) for unit in left if unit.kind == kind) for kind in ("pictures", "texts"))
         say(f"encoding {pictures:,} pictures and {captions:,} captions ...")
+        keeping = kept is not None and has_room(kept, identity, left, say)
         with closing(EncodingCounter(left, SAY_EVERY)) as counter:
             how = THREADS, config.data.workers, config.data.patience
             encoding = Encoding(identity, source, table, vae, text_encoder, *how)
             for unit, shard in encode_units(encoding, left, counter.told):
-                shards[unit] = shard
-                kept = kept and keep(kept, identity, unit, shard, say)
+                keeping = keeping and kept is not None and keep(kept, identity, unit, shard, say)
+                if not keeping:
+                    in_hand[unit] = shard
                 note_problems(bad_records, table, unit, shard)
         mirrored = " and their mirror images" if flip else ""
         say(f"encoded {pictures:,} pictures{mirrored} in {time.monotonic() - begun:.0f} s")
-        if kept:
-            with contextlib.suppress(OSError):  # it is whole without its manifest too, but for those who train from it
-                files.finish(kept, identity, lambda done, total: None)
-    return in_memory(identity, table, [shards[unit] for unit in wanted])
+    if kept is None:
+        return in_memory(identity, table, in_hand.values())
+    if not in_hand:
+        with contextlib.suppress(OSError):  # no room for a manifest
+            files.finish(kept, identity, lambda done, total: None)
+            return files.open_cache(kept)
+    shards = (in_hand[unit] if unit in in_hand else files.written(kept, identity, unit) for unit in wanted)
+    return in_memory(identity, table, shards)
 
 
 def begin(folder: Path, identity: Identity, table: Table, say: Say) -> Path | None:
@@ -109,40 +118,40 @@ def begin(folder: Path, identity: Identity, table: Table, say: Say) -> Path | No
                 return None
             shutil.rmtree(folder)
             files.begin(folder, identity, table)
-        most, free = largest(identity), shutil.disk_usage(folder).free
     except OSError as error:
         say_not_kept(folder, f"{error.strerror or error}", say)
-        return None
-    if files.missing(folder, identity) and most > free * SHARE:
-        shutil.rmtree(folder, ignore_errors=True)
-        say_not_kept(folder, f"it may take {most / 2**30:.2f} GiB, and {free / 2**30:.2f} are free", say)
         return None
     return folder
 
 
-def keep(folder: Path, identity: Identity, unit: Unit, shard: Pictures | Texts, say: Say) -> Path | None:
-    """Write a shard; the folder, or None where that failed."""
+def has_room(folder: Path, identity: Identity, left: Sequence[Unit], say: Say) -> bool:
+    """Whether what is left would take a small part of the disk, were all captions as long as they can be."""
+    text, numbers = identity["text_encoder"], np.dtype(identity["storage_dtype"]).itemsize
+    most = sum(
+        numbers * int(np.prod(moments_shape(identity, unit)))
+        if unit.kind == "pictures"
+        else 2 * len(unit) * (text["length"] * text["width"] + text["pooled_width"])
+        for unit in left
+    )
+    free = shutil.disk_usage(folder).free
+    if most > free * SHARE:
+        say_not_kept(folder, f"it may take {most / 2**30:.2f} GiB, and {free / 2**30:.2f} are free", say)
+    return most <= free * SHARE
+
+
+def keep(folder: Path, identity: Identity, unit: Unit, shard: Pictures | Texts, say: Say) -> bool:
+    """Write a shard; whether that could be done."""
     try:
         files.write(folder, identity, unit, shard)
     except OSError as error:
         say_not_kept(folder, f"{error.strerror or error}", say)
-        return None
-    return folder
+        return False
+    return True
 
 
 def say_not_kept(folder: Path, why: str, say: Say) -> None:
     """Say what that means."""
     say(f"warning: what is encoded is not kept in {folder}: {why}; the next start encodes it again")
-
-
-def largest(identity: Identity) -> int:
-    """Bytes of a cache whose captions are all as long as they can be."""
-    text, every_unit = identity["text_encoder"], units(identity)
-    numbers = sum(int(np.prod(moments_shape(identity, unit))) for unit in every_unit if unit.kind == "pictures")
-    captions = identity["data"]["captions"]
-    return numbers * np.dtype(identity["storage_dtype"]).itemsize + captions * 2 * (
-        text["length"] * text["width"] + text["pooled_width"]
-    )
 
 
 def find_buckets(source: Source, shapes: tuple[tuple[int, int], ...], patience: float, say: Say) -> np.ndarray:

@@ -125,7 +125,8 @@ def test_a_disk_without_room_keeps_nothing_and_stops_nothing(tmp_path, monkeypat
         patch.setattr(encoded.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**10))
         start = Encoded(tmp_path / "kept", monkeypatch)
     (line,) = start.warnings()
-    assert "is not kept in" in line and "it may take" in line and not (tmp_path / "kept").exists()
+    assert "is not kept in" in line and "it may take" in line
+    assert not list((tmp_path / "kept").glob("pictures*")) and not (tmp_path / "kept" / "manifest.json").exists()
 
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -136,6 +137,13 @@ def test_a_disk_without_room_keeps_nothing_and_stops_nothing(tmp_path, monkeypat
     (line,) = filled.warnings()
     assert "No space left on device; the next start encodes it again" in line
     assert_same(start, filled)
+    with pytest.raises(KeyboardInterrupt):
+        Encoded(tmp_path / "kept", monkeypatch, stop_after=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(encoded.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**10))
+        rest = Encoded(tmp_path / "kept", monkeypatch)
+    assert rest.units == start.units[2:] and len(rest.warnings()) == 1  # what is there already is read
+    assert_same(start, rest)
 
 
 def test_other_runs_train_from_what_a_run_kept(tmp_path, monkeypatch):
