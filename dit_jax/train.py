@@ -56,9 +56,9 @@ from dit_jax.training.step import TrainStep
 from dit_jax.training.stop import Stop
 from dit_jax.training.validation import NAME, Validation
 from dit_jax.training.watchdog import Watchdog
-from dit_jax.training.writer import METRICS, Silent, Watch, Writer, figures
+from dit_jax.training.writer import Silent, Watch, Writer, figures
 from dit_jax.trees import count_parameters
-from dit_jax.workdir import Workdir, open_workdir
+from dit_jax.workdir import METRICS, Workdir, open_workdir
 
 GRID = 16  # captions of the training set in a sample grid when the config names no prompts
 AHEAD = 3  # batches that are on the devices, or on their way, before the step that takes them
@@ -174,8 +174,8 @@ def take_steps(
     config, workdir, mesh = parts.config, parts.workdir, parts.mesh
     scaled = " with a dynamic loss scale" if parts.model.dtype == jnp.float16 else ""
     say(f"parameters: {count_parameters(state.params):,}; compute in {np.dtype(parts.model.dtype).name}{scaled}")
-    listed, kept = processes.own_file(workdir.folder / "bad_records.jsonl"), workdir.encoded("train")
-    feed = open_feed(config, listed, kept, parts.source, parts.vae, parts.preview, parts.text_encoder, say)
+    places = workdir.bad_records, workdir.encoded("train")
+    feed = open_feed(config, *places, parts.source, parts.vae, parts.preview, parts.text_encoder, say)
     validation = make_validation(parts)
     beginning.done("encoding")
     if processes.is_first():
@@ -241,9 +241,8 @@ def make_validation(parts: Parts) -> Validation | None:
     """What scores the run; None where nothing does."""
     if parts.held_out is None:
         return None
-    listed = processes.own_file(parts.workdir.folder / "bad_records.jsonl")
-    kept = parts.workdir.encoded("validation")
-    records = open_validation(parts.config, listed, kept, parts.held_out, parts.vae, parts.text_encoder, say)
+    places = parts.workdir.bad_records, parts.workdir.encoded("validation")
+    records = open_validation(parts.config, *places, parts.held_out, parts.vae, parts.text_encoder, say)
     return build.make_validation(parts.config, parts.model, parts.process, records, parts.mesh)
 
 
