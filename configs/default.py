@@ -82,7 +82,7 @@ def get_config() -> ConfigDict:
     c.data.flip = "auto"  # mirror half of the pictures: on | off | auto (off where captions speak of left and right)
     c.data.num_pictures = 20_000  # shapes only: how many different pictures are drawn
     c.data.max_objects = 2  # shapes only: 1, 2 or 3 objects a picture
-    c.data.encode = "once"  # once: encoder outputs are kept in memory | every_step: for sets that do not fit
+    c.data.encode = "once"  # once: before the run, and kept in its workdir | every_step: for sets that do not fit
     c.data.storage_dtype = "float16"  # what latents are kept in, in memory and in a cache: float16 | float32
     # 0: squares. N: at most N shapes of about image_size**2 pixels, a batch has one of them, nothing is squared
     c.data.buckets = 0

@@ -26,7 +26,7 @@ from dit_jax.errors import CheckpointError
 from dit_jax.runtime import compile_cache, git_commit, nvidia_driver, overlooked_gpu, program_parser, quiet_libraries
 from dit_jax.stores import files_of, folder_of, reach
 from dit_jax.training.saved_steps import CORRUPT, ITEMS, steps_of, verify
-from dit_jax.workdir import CHECKPOINTS
+from dit_jax.workdir import CHECKPOINTS, METRICS
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "transformers")
 MIB, GIB = 2**20, 2**30
@@ -118,7 +118,7 @@ def print_checkpoints(workdir: Path) -> None:
       CheckpointError: there is none.
     """
     from dit_jax.training.validation import NAME
-    from dit_jax.training.writer import METRICS, figures
+    from dit_jax.training.writer import figures
 
     directory, steps = _steps(workdir)
     print(f"{'step':>10}  {'MiB':>8}  {'loss':>8}  {'validation':>10}  files")

@@ -27,8 +27,8 @@ from dit_jax.sharding import gather_whole
 from dit_jax.training.loop import Duty
 from dit_jax.training.saved_steps import restore_metadata, steps_of
 from dit_jax.training.validation import NAME, Validation, as_row, in_words
-from dit_jax.training.writer import METRICS, Writer, row_of
-from dit_jax.workdir import Workdir
+from dit_jax.training.writer import Writer, row_of
+from dit_jax.workdir import METRICS, Workdir
 
 
 def make_duties(config: ConfigDict, workdir: Workdir) -> tuple[Duty, Duty]:

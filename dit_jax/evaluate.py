@@ -37,7 +37,7 @@ from dit_jax.ending import run_program, writable
 from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.runtime import add_flags, path_of, program_parser, set_up
 from dit_jax.sample import add_model_flags
-from dit_jax.workdir import Workdir
+from dit_jax.workdir import METRICS, Workdir
 
 SHOWN_SHAPES = 16  # pictures of each class in the grid: the first ones
 CAPTIONS = 100  # training captions of ``nearest``
@@ -162,7 +162,7 @@ def score_validation(pipeline: Pipeline, elsewhere: bool) -> tuple[Scores, None,
     records = build.make_validation_source(config) if own else build.make_source(config, "all")
     print(f"{'set aside by the run' if own else 'all records'}: {len(records):,} of {source}", flush=True)
     encoded = open_validation(
-        config, None, records, pipeline.vae, pipeline.text_encoder, functools.partial(print, flush=True)
+        config, None, None, records, pipeline.vae, pipeline.text_encoder, functools.partial(print, flush=True)
     )
     model = build.make_model(config, build.compute_dtype(config.dtype, jax.devices()[0]))
     mesh = make_mesh(jax.devices())
@@ -210,7 +210,6 @@ def _evaluate(args: argparse.Namespace) -> None:
     # beside a model from the hub or a bucket nothing can be written
     folder = model / "evaluation" if model.is_dir() else Path("evaluation") / model.name
     from dit_jax.duties import make_page_again
-    from dit_jax.training.writer import METRICS
 
     with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """What a run is fed with: from ``data`` of a config to encoded batches, a function of the step.
 
-    source --scan--> encode_units --> Cache in memory --gather--> batches        data.encode=once
+    source --scan--> encode_once --> Cache --gather--> batches                   data.encode=once: dit_jax.encoded
     source --batches--> encode_every_step --> batches                            data.encode=every_step
-    cache:FOLDER --> Cache on disk --gather--> batches                           see dit_jax.precompute
+    cache:FOLDER --> Cache --gather--> batches                                   see dit_jax.precompute
 
 All three give the same batches for the same config and records, but where all records of a shape are bad: its turns
 are left out where that is known beforehand, and pictures of other shapes stand in with ``every_step``.
@@ -10,7 +10,6 @@ are left out where that is known beforehand, and pictures of other shapes stand 
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
@@ -21,26 +20,22 @@ from ml_collections import ConfigDict
 
 from dit_jax import build, processes
 from dit_jax.data.ahead import gathered, in_threads
-from dit_jax.data.bad_records import BadRecords, Replaced, too_many
-from dit_jax.data.buckets import assign, sizes_of
-from dit_jax.data.cache.gather import Cache, in_memory
-from dit_jax.data.cache.parts import Pictures, Table, Texts, Unit, mismatches, tabulate, units
+from dit_jax.data.bad_records import BadRecords, too_many
+from dit_jax.data.cache.gather import Cache
+from dit_jax.data.cache.parts import mismatches
 from dit_jax.data.loader import Sample, Samples, batches
 from dit_jax.data.order import Order, caption_words, is_mirrored
 from dit_jax.data.sources.records import Source
+from dit_jax.encoded import THREADS, Say, encode_once, find_buckets
 from dit_jax.encoders import VAE, TextEncoder
 from dit_jax.encoders.latents import measure_scale
 from dit_jax.errors import ConfigError, DataError
 from dit_jax.files import flatten
 from dit_jax.training import encode
-from dit_jax.training.encode import EncodedBatch, Encoding
-from dit_jax.training.progress import EncodingCounter
+from dit_jax.training.encode import EncodedBatch
 
 FIRST = 8  # samples that the start check looks at
 MEASURED = 2048  # samples whose latents are measured
-THREADS = 8  # that read and decode pictures, in every process that does
-SAY_EVERY = 30.0  # seconds between two lines on how far the encoding is
-PER_SHARD = 4096  # records, or captions, that are encoded as a whole
 
 # Of what a cache says of itself, what a run does not care for.
 NOT_ASKED = (
@@ -55,7 +50,6 @@ NOT_ASKED = (
 
 # (first step, last step, rows) -> these rows of the encoded batches
 Batches = Callable[[int, int, range], Generator[EncodedBatch, None, None]]
-Say = Callable[[str], None]
 
 
 class Feed(NamedTuple):
@@ -75,7 +69,8 @@ class Feed(NamedTuple):
 
 def open_feed(
     config: ConfigDict,
-    workdir: Path,
+    listed: Path,
+    kept: Path | None,
     source: Source | Cache,
     vae: VAE,
     preview: VAE,
@@ -86,7 +81,8 @@ def open_feed(
 
     Args:
       config: resolved; ``latents`` is filled in place where it is empty.
-      workdir: the run's folder, for its list of bad records.
+      listed: the run's list of bad records.
+      kept: the folder for what is encoded as a whole; None keeps it in memory alone.
       source: the training part of ``data.source``.
       vae, text_encoder: what encodes.
       preview: what decodes the samples of the run.
@@ -99,7 +95,7 @@ def open_feed(
     if isinstance(source, Cache):
         coming = from_cache(config, source, vae, text_encoder, say)
     else:
-        coming = from_source(config, workdir, source, vae, text_encoder, say)
+        coming = from_source(config, listed, kept, source, vae, text_encoder, say)
     if not config.latents.scale:
         fill_latents(config, vae, coming.batches, len(source))
     say_start_check(config, coming.batches, coming.images, vae, preview, say)
@@ -114,13 +110,20 @@ def open_feed(
 
 
 def open_validation(
-    config: ConfigDict, listed: Path | None, source: Source | Cache, vae: VAE, text_encoder: TextEncoder, say: Say
+    config: ConfigDict,
+    listed: Path | None,
+    kept: Path | None,
+    source: Source | Cache,
+    vae: VAE,
+    text_encoder: TextEncoder,
+    say: Say,
 ) -> Cache:
-    """Encode the records to validate on and keep them in memory, however the run itself encodes; those of a cache are.
+    """The records to validate on, encoded as a whole, however the run itself encodes.
 
     Args:
       config: resolved.
       listed: the run's list of bad records, which do not validate; None lists none.
+      kept: as of `open_feed`.
       source: the records.
       vae, text_encoder: what encodes.
       say: as of `open_feed`.
@@ -137,7 +140,7 @@ def open_validation(
         shapes = build.make_shapes(config, vae.factor)
         bucket = find_buckets(source, shapes, config.data.patience, say)
         bad_records = BadRecords(listed, 1.0, len(source))  # how many are too many is for training to say
-        cache = encode_once(config, source, bucket, shapes, False, vae, text_encoder, bad_records, say)
+        cache = encode_once(config, kept, source, bucket, shapes, False, vae, text_encoder, bad_records, say)
     bad = int(cache.bad.sum())
     if bad == len(cache):
         raise DataError(f"all {bad:,} records of {config.data.source} to validate on are bad")
@@ -185,19 +188,25 @@ def from_cache(config: ConfigDict, cache: Cache, vae: VAE, text_encoder: TextEnc
 
 
 def from_source(
-    config: ConfigDict, workdir: Path, source: Source, vae: VAE, text_encoder: TextEncoder, say: Say
+    config: ConfigDict,
+    listed: Path,
+    kept: Path | None,
+    source: Source,
+    vae: VAE,
+    text_encoder: TextEncoder,
+    say: Say,
 ) -> Coming:
     """Pictures and captions, encoded now or at every step.
 
     Raises:
       DataError: the data set cannot be read, or too many records are bad.
     """
-    bad_records = build.make_bad_records(config, processes.own_file(workdir / "bad_records.jsonl"), len(source))
+    bad_records = build.make_bad_records(config, listed, len(source))
     shapes = build.make_shapes(config, vae.factor)
     bucket = find_buckets(source, shapes, config.data.patience, say)
     samples = build.make_samples(config, source, build.make_order(config, source, bucket), shapes)
     if config.data.encode == "once":
-        cache = encode_once(config, source, bucket, shapes, samples.flip, vae, text_encoder, bad_records, say)
+        cache = encode_once(config, kept, source, bucket, shapes, samples.flip, vae, text_encoder, bad_records, say)
         # a shape whose pictures are all bad has no turn, and the first pictures are others
         samples = dataclasses.replace(samples, order=samples.order.without(cache.bad))
         first = first_samples(config, samples)
@@ -249,65 +258,7 @@ def batches_of_every_step(
     return encoded_batches
 
 
-# ------------------------------------------------------------------------------------------------ encoded as a whole
-
-
-def find_buckets(source: Source, shapes: tuple[tuple[int, int], ...], patience: float, say: Say) -> np.ndarray:
-    """Which shape the picture of every record is cut to, uint8 ``[n]``; with one shape nothing is looked at."""
-    if len(shapes) == 1:
-        return np.zeros(len(source), np.uint8)
-    begin = time.monotonic()
-    say(f"reading the sizes of {len(source):,} pictures ...")
-    bucket = assign(sizes_of(source, THREADS, patience), shapes)
-    counts = np.bincount(bucket, minlength=len(shapes)).tolist()
-    found = ", ".join(f"{w}x{h}: {count:,}" for (h, w), count in zip(shapes, counts, strict=True) if count)
-    say(f"buckets, in {time.monotonic() - begin:.0f} s: {found} pictures")
-    return bucket
-
-
-def encode_once(
-    config: ConfigDict,
-    source: Source,
-    bucket: np.ndarray,
-    shapes: tuple[tuple[int, int], ...],
-    flip: bool,
-    vae: VAE,
-    text_encoder: TextEncoder,
-    bad_records: BadRecords,
-    say: Say,
-) -> Cache:
-    """Encode every record and every distinct caption, and keep all of it in memory.
-
-    Raises:
-      DataError: too many bad records, as soon as there are.
-    """
-    table = tabulate(source, bucket)
-    counts = table.counts(len(shapes))
-    identity = build.make_identity(config, source.name, "", counts, shapes, flip, vae, text_encoder, PER_SHARD)
-    begin = time.monotonic()
-    say(f"encoding {len(source):,} pictures and {len(table.captions):,} captions ...")
-    wanted, shards = units(identity), []
-    with closing(EncodingCounter(wanted, SAY_EVERY)) as counter:
-        how = THREADS, config.data.workers, config.data.patience
-        encoding = Encoding(identity, source, table, vae, text_encoder, *how)
-        for unit, shard in encode.encode_units(encoding, wanted, counter.told):
-            shards.append(shard)
-            note_problems(bad_records, table, unit, shard)
-    mirrored = " and their mirror images" if flip else ""
-    say(f"encoded {len(source):,} pictures{mirrored} in {time.monotonic() - begin:.0f} s")
-    return in_memory(identity, table, shards)
-
-
-def note_problems(bad_records: BadRecords, table: Table, unit: Unit, shard: Pictures | Texts) -> None:
-    """Count and list the bad records of a shard; what stands in for them is a run's choice.
-
-    Raises:
-      DataError: too many bad records.
-    """
-    if isinstance(shard, Pictures) and shard.problems:
-        records = unit.records(table).tolist()
-        for row, reason in shard.problems.items():
-            bad_records.add(records[row], Replaced(table.ids[records[row]], reason, None))
+# -------------------------------------------------------------------------------------------------- from a cache
 
 
 def gathered_records(config: ConfigDict, cache: Cache, order: Order) -> Callable[[int], np.ndarray]:

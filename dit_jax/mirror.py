@@ -11,9 +11,9 @@ from pathlib import Path
 
 from dit_jax.config import LENGTH, differences, read_run
 from dit_jax.errors import ConfigError
-from dit_jax.training import manifest, status
+from dit_jax.training import manifest
 from dit_jax.training.saved_steps import ITEMS, UNFINISHED, steps_of, unfinished
-from dit_jax.workdir import CHECKPOINTS, LOCK
+from dit_jax.workdir import CHECKPOINTS, LOCK, STATUS
 
 COPYING = ".copying"  # what the name of a file ends with until all of it is there
 
@@ -47,8 +47,8 @@ def mirror(source: Path | str, target: Path | str) -> list[int]:
     if steps and (here / str(steps[-1])).is_dir():
         for step in set(steps_of(here)) - set(steps):
             _remove_step(here / str(step))
-    if (source / status.NAME).is_file():
-        _copy_file(source / status.NAME, target / status.NAME)  # last: it says which step there must be
+    if (source / STATUS).is_file():
+        _copy_file(source / STATUS, target / STATUS)  # last: it says which step there must be
     return copied
 
 
@@ -69,7 +69,7 @@ def _copy_files(source: Path, target: Path) -> None:
     for path in sorted(source.rglob("*")):
         name = path.relative_to(source)
         passing = path.suffix in (".tmp", COPYING) or not path.is_file()
-        if passing or name.parts[0] in (CHECKPOINTS, LOCK, status.NAME):
+        if passing or name.parts[0] in (CHECKPOINTS, LOCK, STATUS):
             continue
         if not (target / name).is_file() or _stamp(target / name) != _stamp(path):
             _copy_file(path, target / name)

@@ -70,7 +70,8 @@ def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shar
     from dit_jax import build
     from dit_jax.data.cache import files
     from dit_jax.data.cache.parts import units
-    from dit_jax.feed import SAY_EVERY, note_problems, say_long
+    from dit_jax.encoded import SAY_EVERY, note_problems
+    from dit_jax.feed import say_long
     from dit_jax.training.encode import encode_units
     from dit_jax.training.progress import EncodingCounter, duration
 
@@ -136,7 +137,7 @@ def open_encoding(config: ConfigDict, per_shard: int) -> "Encoding":
     from dit_jax.data.cache.gather import Cache
     from dit_jax.data.cache.parts import tabulate
     from dit_jax.data.sources.records import Mixture
-    from dit_jax.feed import THREADS, find_buckets
+    from dit_jax.encoded import THREADS, find_buckets
     from dit_jax.resolve import resolve
     from dit_jax.training.encode import Encoding
 
@@ -224,7 +225,7 @@ def inspect(config: ConfigDict, sheet: Path) -> None:
     from dit_jax.data.inspection.sources import inspect
     from dit_jax.data.sources.catalogue import parse
     from dit_jax.data.sources.folder import passed_over
-    from dit_jax.feed import THREADS
+    from dit_jax.encoded import THREADS
     from dit_jax.resolve import check_ranges
 
     check_ranges(config)

@@ -13,7 +13,7 @@ from dit_jax.ending import run_program
 from dit_jax.errors import CheckpointError, WorkdirError
 from dit_jax.runtime import program_parser, quiet_libraries
 from dit_jax.stores import folder_of
-from dit_jax.workdir import open_workdir
+from dit_jax.workdir import METRICS, open_workdir
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,7 +27,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         quiet_libraries()
         from dit_jax.duties import make_page_again
         from dit_jax.metrics.report import PAGE
-        from dit_jax.training.writer import METRICS
 
         with open_workdir(folder_of(args.workdir)) as workdir:
             if not (workdir.folder / METRICS).is_file():

@@ -37,6 +37,7 @@ from dit_jax.training.formats import in_parts, side_by_side
 from dit_jax.training.saved_steps import find_step, restore_metadata
 from dit_jax.training.state import abstract_params
 from dit_jax.trees import mismatches, named_leaves
+from dit_jax.workdir import CHECKPOINTS
 
 ITEM = {"ema": "ema", "raw": "params"}  # of a checkpoint, for every choice of parameters
 SAFETENSORS, ORBAX = "model.safetensors", "orbax"
@@ -110,7 +111,7 @@ class Stored:
         if not self.exported:
             item = ITEM[self.trained.parameters]
             with _without_warnings():
-                return restore_trees(self.folder / "checkpoints", self.trained.step, {item: shapes})[item]
+                return restore_trees(self.folder / CHECKPOINTS, self.trained.step, {item: shapes})[item]
         flat = side_by_side(shapes)
         if (self.folder / SAFETENSORS).is_file():
             return in_parts(_read_safetensors(self.folder / SAFETENSORS, flat), shapes)
@@ -166,7 +167,7 @@ def open_stored(path: str | Path, parameters: str | None, step: int | None) -> S
     trained = _read_trained(folder / "config.json")
     if trained is None:
         parameters = parameters or "ema"
-        return Stored(folder, config, _verified(folder / "checkpoints", step, parameters, config), exported=False)
+        return Stored(folder, config, _verified(folder / CHECKPOINTS, step, parameters, config), exported=False)
     if stores.in_bucket(folder):
         raise CheckpointError(f"{folder} is an export: fetch it first (gcloud storage cp -r {folder} .)")
     for asked, held in ((parameters, trained.parameters), (step, trained.step)):

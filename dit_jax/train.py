@@ -1,7 +1,7 @@
 """Trains a model: one call, `run`, from a config to a finished workdir.
 
     workdir/  config.json  checkpoints/<step>/  metrics.jsonl  timing.jsonl  tb/  samples/  STATUS.json  report.html
-              bad_records.jsonl, diverged/, logs/ where there was something to tell
+              encoded/ with data.encode=once; bad_records.jsonl, diverged/, logs/ where there was something to tell
 
 Several processes call it alike (`dit_jax.processes`); the first of them writes and says what there is to say.
 
@@ -56,9 +56,9 @@ from dit_jax.training.step import TrainStep
 from dit_jax.training.stop import Stop
 from dit_jax.training.validation import NAME, Validation
 from dit_jax.training.watchdog import Watchdog
-from dit_jax.training.writer import METRICS, Silent, Watch, Writer, figures
+from dit_jax.training.writer import Silent, Watch, Writer, figures
 from dit_jax.trees import count_parameters
-from dit_jax.workdir import Workdir, open_workdir
+from dit_jax.workdir import METRICS, Workdir, open_workdir
 
 GRID = 16  # captions of the training set in a sample grid when the config names no prompts
 AHEAD = 3  # batches that are on the devices, or on their way, before the step that takes them
@@ -174,7 +174,8 @@ def take_steps(
     config, workdir, mesh = parts.config, parts.workdir, parts.mesh
     scaled = " with a dynamic loss scale" if parts.model.dtype == jnp.float16 else ""
     say(f"parameters: {count_parameters(state.params):,}; compute in {np.dtype(parts.model.dtype).name}{scaled}")
-    feed = open_feed(config, workdir.folder, parts.source, parts.vae, parts.preview, parts.text_encoder, say)
+    places = workdir.bad_records, workdir.encoded("train")
+    feed = open_feed(config, *places, parts.source, parts.vae, parts.preview, parts.text_encoder, say)
     validation = make_validation(parts)
     beginning.done("encoding")
     if processes.is_first():
@@ -240,8 +241,8 @@ def make_validation(parts: Parts) -> Validation | None:
     """What scores the run; None where nothing does."""
     if parts.held_out is None:
         return None
-    listed = processes.own_file(parts.workdir.folder / "bad_records.jsonl")
-    records = open_validation(parts.config, listed, parts.held_out, parts.vae, parts.text_encoder, say)
+    places = parts.workdir.bad_records, parts.workdir.encoded("validation")
+    records = open_validation(parts.config, *places, parts.held_out, parts.vae, parts.text_encoder, say)
     return build.make_validation(parts.config, parts.model, parts.process, records, parts.mesh)
 
 

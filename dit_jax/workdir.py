@@ -16,10 +16,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TextIO
 
-from dit_jax import stores
+from dit_jax import processes, stores
 from dit_jax.errors import ConfigError
 
 CHECKPOINTS = "checkpoints"
+METRICS, TIMING = "metrics.jsonl", "timing.jsonl"  # a row of numbers for a step
+STATUS = "STATUS.json"
 LOCK = "LOCK"  # empty; who trains holds it
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what disks say that have no locks
 NOT_BROUGHT = ("wandb",)  # Weights & Biases has it
@@ -44,6 +46,15 @@ class Workdir:
         """Where the checkpoints are."""
         return self.place / CHECKPOINTS
 
+    @property
+    def bad_records(self) -> Path:
+        """This process's list of records that cannot be read."""
+        return processes.own_file(self.folder / "bad_records.jsonl")
+
+    def encoded(self, part: str) -> Path | None:
+        """Where a part of the data is kept as it was encoded; nowhere in front of a bucket, as this machine may go."""
+        return self.folder / "encoded" / part if self.folder == self.place else None
+
     def lock(self) -> None:
         """Keep other runs out until this process ends, however it does; buckets and some networks' disks cannot.
 
@@ -61,7 +72,7 @@ class Workdir:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ConfigError(
-                    f"another process trains in {self.place} (see STATUS.json there): end it, or give another --workdir"
+                    f"another process trains in {self.place} (see {STATUS} there): end it, or give another --workdir"
                 ) from error
             except OSError as error:
                 if error.errno not in NO_LOCKS:

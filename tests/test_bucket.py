@@ -83,7 +83,7 @@ def test_a_run_that_was_killed_in_a_save_is_the_run_that_was_not(tiny_run, bucke
     assert_same_run(tiny_run, run, 20)
     assert steps_of(CHECKPOINTS) == [5, 10, 15, 20] and not unfinished(CHECKPOINTS)
     names = {path.relative_to(tiny_run).as_posix() for path in tiny_run.rglob("*") if path.is_file()}
-    kept = {name for name in names if not name.startswith(("checkpoints/", "tb/", "LOCK"))}
+    kept = {name for name in names if not name.startswith(("checkpoints/", "tb/", "encoded/", "LOCK"))}
     assert kept <= {path.relative_to(run).as_posix() for path in run.rglob("*")} and len(kept) > 4
     assert len(list((run / "tb").glob("events.*"))) == 2  # one of each process
     page = (run / "report.html").read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "dit_jax"
 
-LEAVES = {"arrays", "trees", "sharding", "errors", "files", "stores", "processes", "vigil"}  # layer 0
+LEAVES = {"arrays", "trees", "sharding", "errors", "files", "stores", "processes", "vigil", "workdir"}  # layer 0
 LIBRARIES = {"diffusion", "models", "encoders", "data"}  # layer 1: do not know each other
 ROOMS = {"training", "metrics"}  # layer 2
 # layer 4
@@ -26,7 +26,7 @@ PROGRAMS = {
 }
 # layer 3
 MIDDLE = {
-    "config", "resolve", "build", "feed", "exchange", "stored", "origin", "drawing", "runtime", "ending", "workdir",
+    "config", "resolve", "build", "encoded", "feed", "exchange", "stored", "origin", "drawing", "runtime", "ending",
     "duties", "parts", "mirror",
 }  # fmt: skip
 BELOW_PROGRAMS = LEAVES | LIBRARIES | ROOMS | MIDDLE
@@ -38,22 +38,23 @@ MAY_IMPORT = {
     "stores": {"errors"},
     "processes": {"errors", "sharding", "vigil"},
     "vigil": {"errors"},
+    "workdir": {"errors", "processes", "stores"},  # where a run lies, and what its files are called
     **{library: LEAVES for library in LIBRARIES},
     **{room: LEAVES | LIBRARIES for room in ROOMS},
     "config": LEAVES,  # knows of no object that is made from it
     "resolve": LEAVES | {"encoders"},  # completes a config
     "build": LEAVES | LIBRARIES | ROOMS | {"resolve"},
-    "feed": LEAVES | LIBRARIES | ROOMS | {"config", "build"},  # what runs are fed with
+    "encoded": LEAVES | LIBRARIES | ROOMS | {"build"},  # what is encoded once
+    "feed": LEAVES | LIBRARIES | ROOMS | {"config", "build", "encoded"},  # what runs are fed with
     "exchange": LEAVES | {"diffusion", "encoders", "config"},  # trained models as other programs have them
     "stored": LEAVES | ROOMS | {"encoders", "config", "build", "exchange"},  # trained models on disk
     "origin": LEAVES | ROOMS | {"encoders", "config", "exchange", "stored"},  # what a new run begins with
     "drawing": LEAVES | LIBRARIES | {"config", "resolve", "build", "stored"},  # prompts in, pictures out
     "runtime": LEAVES,  # how programs start
     "ending": LEAVES,  # and how they end
-    "workdir": LEAVES,  # where a run lies
-    "mirror": LEAVES | {"training", "workdir", "config"},  # and a copy of it
-    "parts": LEAVES | LIBRARIES | {"training", "build", "resolve", "runtime", "workdir"},
-    "duties": LEAVES | {"training", "metrics", "drawing", "workdir", "config"},  # what a run does beside its steps
+    "mirror": LEAVES | {"training", "config"},  # and a copy of it
+    "parts": LEAVES | LIBRARIES | {"training", "build", "resolve", "runtime"},
+    "duties": LEAVES | {"training", "metrics", "drawing", "config"},  # what a run does beside its steps
     **{program: BELOW_PROGRAMS | {"sample"} for program in PROGRAMS},
     "__main__": set(),  # lists the programs, and imports none
     "main": PROGRAMS | {"config", "runtime", "ending", "errors", "processes", "stores"},

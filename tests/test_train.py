@@ -132,7 +132,7 @@ def test_gradient_accumulation_gives_the_same_losses(tmp_path):
 
 def test_a_workdir_holds_what_it_should(tiny_run):
     names = {path.name for path in tiny_run.iterdir()}
-    assert {"config.json", "checkpoints", "metrics.jsonl", "timing.jsonl", "tb", "samples"} <= names
+    assert {"config.json", "checkpoints", "metrics.jsonl", "timing.jsonl", "tb", "samples", "encoded"} <= names
     assert {path.name for path in (tiny_run / "checkpoints").iterdir()} >= {"5", "10", "15", "20"}
     assert list((tiny_run / "tb").glob("events.out.tfevents.*"))
     config = json.loads((tiny_run / "config.json").read_text())

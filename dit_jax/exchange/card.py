@@ -19,6 +19,7 @@ from dit_jax import __version__
 from dit_jax.exchange.components import MODULE, SCRIPT
 from dit_jax.exchange.schedulers import Scheduler
 from dit_jax.files import flatten, read_json, read_rows
+from dit_jax.workdir import METRICS
 
 CARD, PICTURE = "README.md", "samples.png"
 RECIPE = (
@@ -158,7 +159,7 @@ def _scores(facts: Facts) -> str:
     if facts.run is None:
         return ""
     step, found = facts.trained["step"], []
-    metrics = facts.run / "metrics.jsonl"
+    metrics = facts.run / METRICS
     newest: dict[str, tuple[int, float]] = {}
     for _, row in read_rows(metrics) if metrics.is_file() else ():
         if type(row.get("step")) is int and row["step"] <= step:

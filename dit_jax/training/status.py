@@ -30,8 +30,8 @@ from typing import Any
 from dit_jax import processes
 from dit_jax.errors import DivergedError, PreemptedError, Told
 from dit_jax.files import read_json, write_whole
+from dit_jax.workdir import STATUS
 
-NAME = "STATUS.json"
 EVERY = 5.0  # seconds between two writes of one state
 EARLIER = 50  # processes that are remembered
 REMEMBERED = ("start", "step", "state", "reason", "updated")  # of each
@@ -50,7 +50,7 @@ class Status:
     """
 
     def __init__(self, workdir: Path, start: int, total_steps: int, productive: float, begun: datetime):
-        self._path, self._state = workdir / NAME, ""
+        self._path, self._state = workdir / STATUS, ""
         self.earlier = read_status(workdir)
         self._spent, self._productive, self._written = productive, productive, 0.0
         self._step, self._total, self._saved = start, total_steps, start
@@ -131,7 +131,7 @@ def _ends(earlier: dict[str, Any]) -> list[Any]:
 def read_status(workdir: Path) -> dict[str, Any]:
     """The status that an earlier process left; empty if there is none that can be read."""
     try:
-        found = read_json(workdir / NAME)
+        found = read_json(workdir / STATUS)
         datetime.fromisoformat(found["begun"])
         return {**found, "restarts": int(found["restarts"]), "saved": int(found.get("saved", 0))}
     except (OSError, ValueError, KeyError, TypeError):

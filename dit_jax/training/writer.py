@@ -16,8 +16,7 @@ import numpy as np
 
 from dit_jax.files import read_rows, write_whole
 from dit_jax.training.tensorboard import Board
-
-METRICS, TIMING = "metrics.jsonl", "timing.jsonl"  # in a workdir
+from dit_jax.workdir import METRICS, TIMING
 
 Watch = Callable[[int, dict[str, float] | np.ndarray], None]
 

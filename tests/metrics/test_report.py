@@ -17,8 +17,9 @@ from dit_jax.metrics.report import PAGE, Report
 from dit_jax.metrics.report.charts import axis_of, brief
 from dit_jax.metrics.report.curves import Curve, Sparse
 from dit_jax.metrics.report.grids import BYTES, MOST, read_picture
-from dit_jax.metrics.report.record import METRICS, TIMING, Record
+from dit_jax.metrics.report.record import Record
 from dit_jax.report import main
+from dit_jax.workdir import METRICS, TIMING
 from tests.browser import browse, find_browser
 from tests.tiny_run import CONFIG
 

@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import optax.contrib
 import pytest
 
-from dit_jax.training.optimizer import OPTIMIZERS, learning_rate_schedule, make_optimizer
+from dit_jax.training.optimizer import OPTIMIZERS, learning_rate_schedule, make_optimizer, over_blocks
 from dit_jax.trees import named_leaves
 
 
@@ -79,3 +81,43 @@ def test_first_moments_in_16_bits_take_half_and_give_nearly_the_same_updates(toy
     assert size["float32"] - size["bfloat16"] == 2 * numbers
     error = np.linalg.norm(updates["bfloat16"] - updates["float32"]) / np.linalg.norm(updates["float32"])
     assert 1e-4 < error < 0.02
+
+
+def test_a_kernel_of_all_blocks_at_once_gets_the_updates_and_keeps_the_state_of_each_alone():
+    """Also where the last block has another shape under the same name, and leaves are left to another optimizer."""
+
+    def kernels(*columns: int) -> dict:
+        return {
+            f"blocks_{i}": {
+                "proj": {"kernel": jax.random.normal(jax.random.key(i), (4, width))},
+                "qkv": {"kernel": jax.random.normal(jax.random.key(9 + i), (4, 3, 2)), "bias": jnp.ones(6)},
+            }
+            for i, width in enumerate(columns)
+        }
+
+    def muon(first: int) -> optax.GradientTransformation:
+        def matrices(params):
+            return jax.tree.map(
+                lambda p: optax.contrib.MuonDimensionNumbers(first, tuple(range(first + 1, p.ndim))), params
+            )
+
+        return optax.contrib.muon(0.1, weight_decay=0.1, muon_weight_dimension_numbers=matrices, consistent_rms=0.2)
+
+    def of_kernels(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+        def labels(params):
+            return jax.tree.map(lambda p: "kernels" if p.ndim > 1 else "rest", params)
+
+        return optax.partition({"kernels": optimizer, "rest": optax.sgd(0.1)}, labels)
+
+    params = kernels(8, 8, 2)
+    gradients = jax.tree.map(jnp.cos, params), jax.tree.map(jnp.sin, params)
+    after = []
+    for optimizer in (of_kernels(over_blocks(muon(1))), of_kernels(muon(0))):
+        state = optimizer.init(params)
+        for gradient in gradients:
+            updates, state = optimizer.update(gradient, state, params)
+        after.append((updates, state))
+    ours, theirs = after
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for name, leaf in named_leaves(theirs).items():
+        np.testing.assert_allclose(named_leaves(ours)[name], leaf, rtol=1e-4, atol=1e-5, err_msg=name)

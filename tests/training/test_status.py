@@ -6,13 +6,14 @@ from datetime import UTC, datetime
 import pytest
 
 from dit_jax.errors import DataError, DivergedError, PreemptedError, Told
-from dit_jax.training.status import EARLIER, NAME, Status
+from dit_jax.training.status import EARLIER, Status
+from dit_jax.workdir import STATUS
 
 NOW = datetime.now(UTC)
 
 
 def read(workdir):
-    return json.loads((workdir / NAME).read_text())
+    return json.loads((workdir / STATUS).read_text())
 
 
 def test_a_status_goes_through_the_life_of_a_run(tmp_path):
@@ -53,7 +54,7 @@ def test_the_reason_of_an_end_is_kept(tmp_path, error, state, reason):
 
 
 def test_a_run_that_was_killed_when_all_was_done_is_done(tmp_path):
-    path = tmp_path / NAME
+    path = tmp_path / STATUS
     with Status(tmp_path, 9, 10, 0.0, NOW):
         training = path.read_text()
     path.write_text(training)  # as a process leaves it that is killed
@@ -79,7 +80,7 @@ def test_one_that_stalls_says_so_before_it_ends(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"restarts": 3}', '{"begun": "long ago", "restarts": 1}'])
 def test_what_cannot_be_read_begins_anew(tmp_path, text):
-    (tmp_path / NAME).write_text(text)
+    (tmp_path / STATUS).write_text(text)
     with Status(tmp_path, 0, 10, 0.0, NOW):
         assert read(tmp_path)["restarts"] == 0
 

@@ -18,6 +18,7 @@ from dit_jax.metrics.report.grids import Grids
 from dit_jax.metrics.report.page import render
 from dit_jax.metrics.report.panels import Facts
 from dit_jax.metrics.report.record import Record
+from dit_jax.workdir import STATUS
 
 PAGE = "report.html"
 METRICS_MOST = 16  # of evaluation/
@@ -70,7 +71,7 @@ class Report:
             record=self._record,
             pictures=pictures,
             grids=self._grids.count,
-            status=self._read("STATUS.json", notes),
+            status=self._read(STATUS, notes),
             config={key: (value, self._default(key)) for key, value in config.items()},
             scores={name.removesuffix(".json"): self._read(f"evaluation/{name}", notes) for name in metrics},
             about=self.about,

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from dit_jax.files import bounded_lines
 from dit_jax.metrics.report.curves import Curve, Sparse
+from dit_jax.workdir import METRICS, TIMING
 
-METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 TRAINING = ("loss", "grad_norm", "learning_rate", "loss_scale")
 SPEED = ("images_per_second", "data_wait", "memory_gib", "mfu")
 VALIDATION = "validation_x0_error"

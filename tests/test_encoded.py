@@ -1,0 +1,189 @@
+"""What was encoded is kept: a run that is started again encodes what is missing, and trains on the same numbers."""
+
+import errno
+import functools
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from dit_jax import build, encoded, feed
+from dit_jax.data.bad_records import BadRecords
+from dit_jax.data.cache import files
+from dit_jax.errors import DataError
+from dit_jax.feed import check_cache
+from dit_jax.resolve import resolve
+from tests.noise_pictures import SQUARE, TALL, draw_noise
+from tests.tiny_run import tiny_config, train_tiny
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    """28 records of the tiny run in 4 shards."""
+    monkeypatch.setattr(encoded, "PER_SHARD", 7)
+
+
+@functools.cache
+def encoders():
+    config = tiny_config()
+    return build.make_vae(config), build.make_text_encoder(config)
+
+
+class Encoded:
+    """`encode_once` of a config's source, and what it said and encoded."""
+
+    def __init__(self, folder, monkeypatch, stop_after=None, **changes):
+        vae, text_encoder = encoders()
+        config = tiny_config(**changes)
+        source = build.make_source(config, "train")
+        resolve(config, len(source), vae.shape, text_encoder.shape, 1)
+        shapes = build.make_shapes(config, vae.factor)
+        self.said, self.units, self.config = [], [], config
+        say = self.said.append
+
+        def counted(encoding, wanted, told):
+            for unit, shard in encode_units(encoding, wanted, told):
+                if len(self.units) == stop_after:
+                    raise KeyboardInterrupt
+                self.units.append(unit)
+                yield unit, shard
+
+        encode_units = encoded.encode_units
+        self.bad = BadRecords(None, 1.0, len(source))
+        bucket = encoded.find_buckets(source, shapes, 0.0, say)
+        with monkeypatch.context() as patch:
+            patch.setattr(encoded, "encode_units", counted)
+            how = source, bucket, shapes, False, vae, text_encoder, self.bad, say
+            self.cache = encoded.encode_once(config, folder, *how)
+
+    @property
+    def first(self):
+        n = min(4, len(self.cache))
+        index = np.flatnonzero(self.cache.bucket == self.cache.bucket[0])[:n]
+        return self.cache.gather(index, np.zeros(len(index), np.uint64), np.zeros(len(index), bool))
+
+    def warnings(self):
+        return [line for line in self.said if line.startswith("warning")]
+
+
+def assert_same(one, other):
+    for key, array in one.first.items():
+        np.testing.assert_array_equal(array, other.first[key], err_msg=key)
+
+
+def test_what_was_encoded_is_not_encoded_again(tmp_path, monkeypatch):
+    alone = Encoded(None, monkeypatch)
+    first = Encoded(tmp_path / "kept", monkeypatch)
+    again = Encoded(tmp_path / "kept", monkeypatch)
+    assert len(alone.units) == len(first.units) > 4 and not again.units and not again.warnings()
+    assert any(line.startswith("encoded before:") for line in again.said)
+    assert_same(alone, first)
+    assert_same(alone, again)
+
+
+def test_an_interruption_loses_the_shard_that_was_in_work(tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        Encoded(tmp_path / "kept", monkeypatch, stop_after=3)
+    rest = Encoded(tmp_path / "kept", monkeypatch)
+    whole = Encoded(tmp_path / "other", monkeypatch)
+    assert rest.units == whole.units[3:]
+    assert_same(rest, whole)
+    for path in (tmp_path / "other").iterdir():
+        assert (tmp_path / "kept" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_what_is_damaged_or_deleted_is_made_again(tmp_path, monkeypatch):
+    whole = Encoded(tmp_path / "kept", monkeypatch)
+    one, other = (tmp_path / "kept" / unit.name for unit in (whole.units[0], whole.units[-1]))
+    one.unlink()
+    other.write_bytes(other.read_bytes()[:-9])
+    again = Encoded(tmp_path / "kept", monkeypatch)
+    assert again.units == [whole.units[0], whole.units[-1]]
+    assert_same(again, whole)
+
+
+def test_bad_records_are_counted_at_every_start(tmp_path, monkeypatch):
+    source = draw_noise(tmp_path / "pictures", [SQUARE] * 8 + [TALL] * 8)
+    bad = sorted((tmp_path / "pictures").glob("*.png"))[5]
+    bad.write_bytes(bad.read_bytes()[:200])
+    changes = {"data__source": source, "data__buckets": "3", "batch_size": "4"}
+    starts = [Encoded(tmp_path / "kept", monkeypatch, **changes) for _ in range(2)]
+    assert [len(start.bad) for start in starts] == [1, 1] and not starts[1].units
+    assert np.array_equal(*(start.cache.bad for start in starts)) and starts[0].cache.bad.sum() == 1
+
+
+def test_other_data_take_the_place_of_what_a_run_kept_that_took_no_step(tmp_path, monkeypatch):
+    before = Encoded(tmp_path / "kept", monkeypatch)
+    after = Encoded(tmp_path / "kept", monkeypatch, data__num_pictures="21")
+    assert len(after.cache) == 21 < len(before.cache) and len(after.units) < len(before.units)
+    assert not Encoded(tmp_path / "kept", monkeypatch, data__num_pictures="21").units
+
+
+def test_a_disk_without_room_keeps_nothing_and_stops_nothing(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(encoded.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**10))
+        start = Encoded(tmp_path / "kept", monkeypatch)
+    (line,) = start.warnings()
+    assert "is not kept in" in line and "it may take" in line
+    assert not list((tmp_path / "kept").glob("pictures*")) and not (tmp_path / "kept" / "manifest.json").exists()
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write", full)
+        filled = Encoded(tmp_path / "kept", monkeypatch)
+    (line,) = filled.warnings()
+    assert "No space left on device; the next start encodes it again" in line
+    assert_same(start, filled)
+    with pytest.raises(KeyboardInterrupt):
+        Encoded(tmp_path / "kept", monkeypatch, stop_after=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(encoded.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**10))
+        rest = Encoded(tmp_path / "kept", monkeypatch)
+    assert rest.units == start.units[2:] and len(rest.warnings()) == 1  # what is there already is read
+    assert_same(start, rest)
+
+
+def test_other_runs_train_from_what_a_run_kept(tmp_path, monkeypatch):
+    first = Encoded(tmp_path / "kept", monkeypatch)
+    cache = files.open_cache(tmp_path / "kept")
+    check_cache(first.config, cache, *encoders())  # raises
+    assert len(cache) == len(first.cache) and not files.verify(tmp_path / "kept", lambda done, total: None)
+
+
+def test_a_run_goes_on_without_encoding(tmp_path, monkeypatch, capsys):
+    """Nor its validation, and with the numbers of one that was never stopped."""
+    changes = {"data__validation_fraction": "0.2", "validate_every": "5", "log_every": "1", "total_steps": "10"}
+    whole = train_tiny(tmp_path / "whole", **changes)
+    run = train_tiny(tmp_path / "run", stop_at_step="5", **changes)
+
+    def never(*args):
+        raise AssertionError("it was encoded before")
+        yield
+
+    monkeypatch.setattr(encoded, "encode_units", never)
+    capsys.readouterr()
+    train_tiny(tmp_path / "run", **changes)
+    assert capsys.readouterr().out.count("encoded before:") == 2
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+        for folder in (whole, run)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 10
+
+
+def test_too_many_bad_records_end_a_later_start_too(tmp_path, monkeypatch):
+    source = draw_noise(tmp_path / "pictures", [SQUARE] * 6)
+    for bad in sorted((tmp_path / "pictures").glob("*.png"))[:4]:
+        bad.write_bytes(bad.read_bytes()[:200])
+    config = tiny_config(data__source=source, batch_size="2", data__max_bad_fraction="0.1")
+    source = build.make_source(config, "train")
+    resolve(config, len(source), *(encoder.shape for encoder in encoders()), 1)
+    vae, text_encoder = encoders()
+    for _ in range(2):
+        with pytest.raises(DataError, match="bad"):
+            feed.open_feed(
+                config, tmp_path / "bad.jsonl", tmp_path / "kept", source, vae, vae, text_encoder, lambda line: None
+            )
