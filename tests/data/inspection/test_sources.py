@@ -110,7 +110,7 @@ def test_captions_that_speak_of_sides_are_counted():
     report = look(Given([(8, 8)] * 3, captions))
     assert report.captions.of_sides == 2
     assert "mirrors no picture" in told(report, "sides")[0] and "2 of 4 captions" in told(report, "sides")[0]
-    assert "mirrors half" in told(look(Given([(8, 8)], [("bright",)])), "sides")[0]
+    assert "half of the pictures are mirrored" in told(look(Given([(8, 8)], [("bright",)])), "sides")[0]
 
 
 # --- pictures
