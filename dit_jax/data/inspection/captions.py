@@ -90,7 +90,9 @@ class Captions:
             sides = share_of(self.of_sides, self.count, "captions")
             lines.append(f"  sides      {sides} speak of left or right: data.flip=auto mirrors no picture")
         else:
-            lines.append("  sides      none speaks of left or right: with data.flip=auto half of the pictures are mirrored")
+            lines.append(
+                "  sides      none speaks of left or right: with data.flip=auto half of the pictures are mirrored"
+            )
         return lines
 
 
