@@ -161,9 +161,8 @@ def score_validation(pipeline: Pipeline, elsewhere: bool) -> tuple[Scores, None,
     own = fingerprint == pipeline.trained.data
     records = build.make_validation_source(config) if own else build.make_source(config, "all")
     print(f"{'set aside by the run' if own else 'all records'}: {len(records):,} of {source}", flush=True)
-    encoded = open_validation(
-        config, None, None, records, pipeline.vae, pipeline.text_encoder, functools.partial(print, flush=True)
-    )
+    encoders, say = (pipeline.vae, pipeline.text_encoder), functools.partial(print, flush=True)
+    encoded = open_validation(config, records, *encoders, say, listed=None, kept=None)
     model = build.make_model(config, build.compute_dtype(config.dtype, jax.devices()[0]))
     mesh = make_mesh(jax.devices())
     validation = build.make_validation(config, model, build.make_process(config), encoded, mesh)

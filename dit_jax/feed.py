@@ -10,6 +10,7 @@ are left out where that is known beforehand, and pictures of other shapes stand 
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
@@ -19,14 +20,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dit_jax import build, processes
-from dit_jax.data.ahead import gathered, in_threads
+from dit_jax.data.ahead import THREADS, gathered, in_threads
 from dit_jax.data.bad_records import BadRecords, too_many
+from dit_jax.data.buckets import assign, sizes_of
 from dit_jax.data.cache.gather import Cache
 from dit_jax.data.cache.parts import mismatches
 from dit_jax.data.loader import Sample, Samples, batches
 from dit_jax.data.order import Order, caption_words, is_mirrored
 from dit_jax.data.sources.records import Source
-from dit_jax.encoded import THREADS, Say, encode_once, find_buckets
+from dit_jax.encoded import Place, Say, encode_once
 from dit_jax.encoders import VAE, TextEncoder
 from dit_jax.encoders.latents import measure_scale
 from dit_jax.errors import ConfigError, DataError
@@ -69,24 +71,25 @@ class Feed(NamedTuple):
 
 def open_feed(
     config: ConfigDict,
-    listed: Path,
-    kept: Path | None,
     source: Source | Cache,
     vae: VAE,
     preview: VAE,
     text_encoder: TextEncoder,
     say: Say,
+    *,
+    listed: Path,
+    kept: Place | None,
 ) -> Feed:
     """Encode the source, or get ready to at every step; fill ``config.latents``; look at the first samples.
 
     Args:
       config: resolved; ``latents`` is filled in place where it is empty.
-      listed: the run's list of bad records.
-      kept: the folder for what is encoded as a whole; None keeps it in memory alone.
       source: the training part of ``data.source``.
       vae, text_encoder: what encodes.
       preview: what decodes the samples of the run.
       say: is given what a person should know, line by line.
+      listed: the run's list of bad records.
+      kept: where what is encoded as a whole stays for later starts; None keeps it in memory alone.
 
     Raises:
       ConfigError: a cache that was made in another way than the config says.
@@ -111,22 +114,23 @@ def open_feed(
 
 def open_validation(
     config: ConfigDict,
-    listed: Path | None,
-    kept: Path | None,
     source: Source | Cache,
     vae: VAE,
     text_encoder: TextEncoder,
     say: Say,
+    *,
+    listed: Path | None,
+    kept: Place | None,
 ) -> Cache:
     """The records to validate on, encoded as a whole, however the run itself encodes.
 
     Args:
       config: resolved.
-      listed: the run's list of bad records, which do not validate; None lists none.
-      kept: as of `open_feed`.
       source: the records.
       vae, text_encoder: what encodes.
       say: as of `open_feed`.
+      listed: the run's list of bad records, which do not validate; None lists none.
+      kept: as of `open_feed`.
 
     Raises:
       ConfigError: a cache that was made in another way than the config says.
@@ -190,7 +194,7 @@ def from_cache(config: ConfigDict, cache: Cache, vae: VAE, text_encoder: TextEnc
 def from_source(
     config: ConfigDict,
     listed: Path,
-    kept: Path | None,
+    kept: Place | None,
     source: Source,
     vae: VAE,
     text_encoder: TextEncoder,
@@ -256,6 +260,19 @@ def batches_of_every_step(
         return encode.encode_every_step(raw, vae, text_encoder, data.storage_dtype)
 
     return encoded_batches
+
+
+def find_buckets(source: Source, shapes: tuple[tuple[int, int], ...], patience: float, say: Say) -> np.ndarray:
+    """Which shape the picture of every record is cut to, uint8 ``[n]``; with one shape nothing is looked at."""
+    if len(shapes) == 1:
+        return np.zeros(len(source), np.uint8)
+    begun = time.monotonic()
+    say(f"reading the sizes of {len(source):,} pictures ...")
+    bucket = assign(sizes_of(source, THREADS, patience), shapes)
+    counts = np.bincount(bucket, minlength=len(shapes)).tolist()
+    found = ", ".join(f"{w}x{h}: {count:,}" for (h, w), count in zip(shapes, counts, strict=True) if count)
+    say(f"buckets, in {time.monotonic() - begun:.0f} s: {found} pictures")
+    return bucket
 
 
 # -------------------------------------------------------------------------------------------------- from a cache

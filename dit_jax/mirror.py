@@ -1,7 +1,7 @@
 """A copy of a run in a place that outlives this machine, such as a drive that a notebook mounts.
 
 A run writes where disks are quick, and what was saved is copied afterwards. The copy is a workdir too: copied back, it
-is a run that goes on as the first would have. Whenever the copying ends, also when the machine is taken away in the
+is a run that goes on as the first would have; only the data it encodes anew. Whenever the copying ends, also when the machine is taken away in the
 middle of it, the steps that are there are whole, and the rows up to each of them are there.
 """
 
@@ -13,7 +13,7 @@ from dit_jax.config import LENGTH, differences, read_run
 from dit_jax.errors import ConfigError
 from dit_jax.training import manifest
 from dit_jax.training.saved_steps import ITEMS, UNFINISHED, steps_of, unfinished
-from dit_jax.workdir import CHECKPOINTS, LOCK, STATUS
+from dit_jax.workdir import CHECKPOINTS, ENCODED, LOCK, STATUS
 
 COPYING = ".copying"  # what the name of a file ends with until all of it is there
 
@@ -65,11 +65,11 @@ def _check(source: Path, target: Path, steps: list[int]) -> None:
 
 
 def _copy_files(source: Path, target: Path) -> None:
-    """All that lies beside the checkpoints and changed."""
+    """All that lies beside the checkpoints and changed, but for what is quicker encoded again than copied."""
     for path in sorted(source.rglob("*")):
         name = path.relative_to(source)
         passing = path.suffix in (".tmp", COPYING) or not path.is_file()
-        if passing or name.parts[0] in (CHECKPOINTS, LOCK, STATUS):
+        if passing or name.parts[0] in (CHECKPOINTS, ENCODED, LOCK, STATUS):
             continue
         if not (target / name).is_file() or _stamp(target / name) != _stamp(path):
             _copy_file(path, target / name)

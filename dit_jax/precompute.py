@@ -134,10 +134,11 @@ def precompute(config: ConfigDict, output: Path, part: int, parts: int, per_shar
 def open_encoding(config: ConfigDict, per_shard: int) -> "Encoding":
     """The data set of a config with its encoders and all that is known of a cache before anything is encoded."""
     from dit_jax import build
+    from dit_jax.data.ahead import THREADS
     from dit_jax.data.cache.gather import Cache
     from dit_jax.data.cache.parts import tabulate
     from dit_jax.data.sources.records import Mixture
-    from dit_jax.encoded import THREADS, find_buckets
+    from dit_jax.feed import find_buckets
     from dit_jax.resolve import resolve
     from dit_jax.training.encode import Encoding
 
@@ -219,13 +220,13 @@ def inspect(config: ConfigDict, sheet: Path) -> None:
       DataError: a data set that cannot be read, or a cache that is damaged; after all has been said.
     """
     from dit_jax import build
+    from dit_jax.data.ahead import THREADS
     from dit_jax.data.cache.files import open_cache
     from dit_jax.data.inspection.caches import inspect_cache
     from dit_jax.data.inspection.contact_sheet import contact_sheet, lay_out
     from dit_jax.data.inspection.sources import inspect
     from dit_jax.data.sources.catalogue import parse
     from dit_jax.data.sources.folder import passed_over
-    from dit_jax.encoded import THREADS
     from dit_jax.resolve import check_ranges
 
     check_ranges(config)

@@ -32,6 +32,7 @@ from dit_jax.config import is_export, mend_run, take_over, to_json
 from dit_jax.data.ahead import ahead
 from dit_jax.drawing.pipeline import Pipeline
 from dit_jax.duties import draw_samples, make_duties, open_report, reported, score, write_page
+from dit_jax.encoded import Place
 from dit_jax.ending import writable
 from dit_jax.errors import CheckpointError, ConfigError
 from dit_jax.feed import open_feed, open_validation
@@ -174,8 +175,9 @@ def take_steps(
     config, workdir, mesh = parts.config, parts.workdir, parts.mesh
     scaled = " with a dynamic loss scale" if parts.model.dtype == jnp.float16 else ""
     say(f"parameters: {count_parameters(state.params):,}; compute in {np.dtype(parts.model.dtype).name}{scaled}")
-    places = workdir.bad_records, workdir.encoded("train")
-    feed = open_feed(config, *places, parts.source, parts.vae, parts.preview, parts.text_encoder, say)
+    encoders = parts.vae, parts.preview, parts.text_encoder
+    kept = place_for(parts, "train", parts.identity["data"])
+    feed = open_feed(config, parts.source, *encoders, say, listed=workdir.bad_records, kept=kept)
     validation = make_validation(parts)
     beginning.done("encoding")
     if processes.is_first():
@@ -241,9 +243,18 @@ def make_validation(parts: Parts) -> Validation | None:
     """What scores the run; None where nothing does."""
     if parts.held_out is None:
         return None
-    places = parts.workdir.bad_records, parts.workdir.encoded("validation")
-    records = open_validation(parts.config, *places, parts.held_out, parts.vae, parts.text_encoder, say)
-    return build.make_validation(parts.config, parts.model, parts.process, records, parts.mesh)
+    config, data = parts.config, parts.config.data
+    which = f"{parts.identity['data']}, {data.validation_fraction} and {data.validation_records} of the others"
+    kept = place_for(parts, "validation", which)
+    encoders = parts.vae, parts.text_encoder
+    records = open_validation(config, parts.held_out, *encoders, say, listed=parts.workdir.bad_records, kept=kept)
+    return build.make_validation(config, parts.model, parts.process, records, parts.mesh)
+
+
+def place_for(parts: Parts, part: str, fingerprint: str) -> Place | None:
+    """Where a part of the data is kept as it was encoded."""
+    folder = parts.workdir.encoded
+    return Place(folder / part, fingerprint) if folder else None
 
 
 def open_checkpoints(parts: Parts, extend: bool) -> tuple[Checkpoints, int]:

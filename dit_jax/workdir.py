@@ -22,6 +22,7 @@ from dit_jax.errors import ConfigError
 CHECKPOINTS = "checkpoints"
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"  # a row of numbers for a step
 STATUS = "STATUS.json"
+ENCODED = "encoded"
 LOCK = "LOCK"  # empty; who trains holds it
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what disks say that have no locks
 NOT_BROUGHT = ("wandb",)  # Weights & Biases has it
@@ -51,9 +52,10 @@ class Workdir:
         """This process's list of records that cannot be read."""
         return processes.own_file(self.folder / "bad_records.jsonl")
 
-    def encoded(self, part: str) -> Path | None:
-        """Where a part of the data is kept as it was encoded; nowhere in front of a bucket, as this machine may go."""
-        return self.folder / "encoded" / part if self.folder == self.place else None
+    @property
+    def encoded(self) -> Path | None:
+        """Where data are kept as they were encoded; nowhere in front of a bucket, as this machine may go."""
+        return self.folder / ENCODED if self.folder == self.place else None
 
     def lock(self) -> None:
         """Keep other runs out until this process ends, however it does; buckets and some networks' disks cannot.

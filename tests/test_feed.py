@@ -28,9 +28,8 @@ def open_feed(config, workdir):
     vae, text_encoder = build.make_vae(config), build.make_text_encoder(config)
     source = build.make_source(config, "train")
     resolve(config, len(source), vae.shape, text_encoder.shape, 1)
-    return feed.open_feed(
-        config, workdir / "bad_records.jsonl", workdir / "encoded", source, vae, vae, text_encoder, lambda line: None
-    )
+    listed = workdir / "bad_records.jsonl"
+    return feed.open_feed(config, source, vae, vae, text_encoder, lambda line: None, listed=listed, kept=None)
 
 
 def test_every_shape_is_compiled_before_the_first_step_and_never_again(tmp_path, monkeypatch):
@@ -146,7 +145,7 @@ def open_validation(config, listed=None, say=lambda line: None):
     resolve(config, 20, vae.shape, text_encoder.shape, 1)
     config.latents.shift, config.latents.scale = (0.1,) * 4, (0.9,) * 4
     source = build.make_validation_source(config)
-    records = feed.open_validation(config, listed, None, source, vae, text_encoder, say)
+    records = feed.open_validation(config, source, vae, text_encoder, say, listed=listed, kept=None)
     model, process = build.make_model(config, jnp.float32), build.make_process(config)
     params = randomise(jax.eval_shape(lambda key: init_params(model, key, 8, 8), jax.random.key(0)), 1)
     validation = build.make_validation(config, model, process, records, make_mesh(jax.devices()[:1]))

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "stores": {"errors"},
     "processes": {"errors", "sharding", "vigil"},
     "vigil": {"errors"},
-    "workdir": {"errors", "processes", "stores"},  # where a run lies, and what its files are called
+    "workdir": {"errors", "processes", "stores"},  # where a run lies
     **{library: LEAVES for library in LIBRARIES},
     **{room: LEAVES | LIBRARIES for room in ROOMS},
     "config": LEAVES,  # knows of no object that is made from it

@@ -34,6 +34,7 @@ from dit_jax.errors import SIGNALS, DataError, UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+THREADS = 8  # that read and decode pictures, in every process that does
 PIPE = 2**20  # bytes; no more is given to those without privileges
 CLOSING = 5.0  # seconds that those who are told to stop are waited for
 

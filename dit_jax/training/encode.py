@@ -1,7 +1,7 @@
 """From pictures and captions to encoded batches: where the frozen encoders run.
 
 They are frozen, so a record gives the same moments and text states at every epoch. `encode_units` runs them over a
-whole source, one shard after the other, and what it yields is kept in memory (`dit_jax.feed`) or on disk
+whole source, one shard after the other, and what it yields is kept for a run (`dit_jax.encoded`) or for many
 (`dit_jax.precompute`): either way a `dit_jax.data.cache.gather.Cache`. `encode_every_step` runs them on each batch, for
 sources that are kept nowhere. All round to the same dtypes, so all train on the same numbers.
 """

@@ -86,13 +86,22 @@ def begin(folder: Path, identity: Identity, table: Table) -> None:
                 f"{folder} holds other things than this cache ({', '.join(others[:3])}); name another folder"
             )
         _write_whole(folder / BEGUN, lambda file: file.write(_json(identity)))
-    if not _is_whole(_open_table, folder, identity):
-        tensors = {name: getattr(table, name) for name in ("caption_of", "first", "bucket")}
-        for name in ("ids", "captions"):
-            strings = getattr(table, name)
-            tensors |= {name: strings.content, f"{name}_offsets": strings.offsets}
+    tensors = _tensors_of(table)
+    if _is_whole(_open_table, folder, identity):
+        there = _tensors_of(_open_table(folder, identity))
+        if other := [name for name in tensors if not np.array_equal(tensors[name], there[name])]:
+            raise DataError(f"{folder} was begun with other records ({', '.join(other)}); name another folder")
+    else:
         notes = {"of": _digest(identity, TABLE)}
         _write_whole(folder / TABLE, lambda file: write_tensors(file, tensors, notes))
+
+
+def _tensors_of(table: Table) -> dict[str, np.ndarray]:
+    tensors = {name: getattr(table, name) for name in ("caption_of", "first", "bucket")}
+    for name in ("ids", "captions"):
+        strings = getattr(table, name)
+        tensors |= {name: strings.content, f"{name}_offsets": strings.offsets}
+    return tensors
 
 
 def missing(folder: Path, identity: Identity) -> list[Unit]:
@@ -254,7 +263,7 @@ def open_cache(folder: Path) -> Cache:
 def _open_all(folder: Path, manifest: dict[str, Any]) -> Cache:
     identity = _identity(manifest)
     table, every_unit = _open_table(folder, identity), units(identity)
-    _allow_open_files(len(every_unit))
+    allow_open_files(len(every_unit))
     shards: list[Pictures | Texts] = []
     for unit in every_unit:
         path = folder / unit.name
@@ -376,7 +385,7 @@ def _longest(offsets: np.ndarray) -> int:
     return int(np.diff(offsets).max())
 
 
-def _allow_open_files(count: int) -> None:
+def allow_open_files(count: int) -> None:
     """Raise this process's limit of open files, often 1,024, as far as the system allows: mapped files count.
 
     Windows has no such limit, and no such module.
