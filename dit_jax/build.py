@@ -294,9 +294,8 @@ def make_samples(
     from dit_jax.data.loader import Samples
 
     random_crop = config.data.crop == "random"
-    flip = choose_flip(
-        config, cast("Source", make_source(config, "all")) if config.data.validation_fraction else source
-    )
+    looked_at = config.data.flip == "auto" and config.data.validation_fraction
+    flip = choose_flip(config, cast("Source", make_source(config, "all")) if looked_at else source)
     return Samples(source, order, config.seed, shapes, random_crop=random_crop, flip=flip)
 
 

@@ -29,6 +29,7 @@ from dit_jax.files import flatten
 from dit_jax.models.dit import REMAT_POLICIES, DiT
 from dit_jax.models.flops import DEVICES, GIB, Device, forward_macs, training_flops
 from dit_jax.resolve import resolve
+from dit_jax.runtime import say
 from dit_jax.sharding import abstract_mesh, batch_sharding, batch_shards, with_sharding
 from dit_jax.training.memory import Activations, abstract_batch, compiled_bytes, predict_activations
 from dit_jax.training.progress import duration
@@ -370,8 +371,3 @@ def free_memory() -> int | None:
 def section(title: str) -> None:
     """A heading."""
     print(f"\n{title}", flush=True)
-
-
-def say(line: str) -> None:
-    """A line of the page, at once."""
-    print(line, flush=True)

@@ -19,7 +19,6 @@ its ``report.html``, and print the score last.
 """
 
 import argparse
-import functools
 import json
 import sys
 import time
@@ -35,7 +34,7 @@ from dit_jax.drawing.pictures import make_grid, save_png
 from dit_jax.drawing.pipeline import Pipeline
 from dit_jax.ending import run_program, writable
 from dit_jax.errors import CheckpointError, ConfigError
-from dit_jax.runtime import add_flags, path_of, program_parser, set_up
+from dit_jax.runtime import add_flags, path_of, program_parser, say, set_up
 from dit_jax.sample import add_model_flags
 from dit_jax.workdir import METRICS, Workdir
 
@@ -161,7 +160,7 @@ def score_validation(pipeline: Pipeline, elsewhere: bool) -> tuple[Scores, None,
     own = fingerprint == pipeline.trained.data
     records = build.make_validation_source(config) if own else build.make_source(config, "all")
     print(f"{'set aside by the run' if own else 'all records'}: {len(records):,} of {source}", flush=True)
-    encoders, say = (pipeline.vae, pipeline.text_encoder), functools.partial(print, flush=True)
+    encoders = pipeline.vae, pipeline.text_encoder
     encoded = open_validation(config, records, *encoders, say, listed=None, kept=None)
     model = build.make_model(config, build.compute_dtype(config.dtype, jax.devices()[0]))
     mesh = make_mesh(jax.devices())

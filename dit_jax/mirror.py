@@ -1,8 +1,8 @@
 """A copy of a run in a place that outlives this machine, such as a drive that a notebook mounts.
 
 A run writes where disks are quick, and what was saved is copied afterwards. The copy is a workdir too: copied back, it
-is a run that goes on as the first would have; only the data it encodes anew. Whenever the copying ends, also when the machine is taken away in the
-middle of it, the steps that are there are whole, and the rows up to each of them are there.
+is a run that goes on as the first would have, and encodes its data anew. Whenever the copying ends, also when the
+machine is taken away in the middle of it, the steps that are there are whole, and so are the rows up to each of them.
 """
 
 import os

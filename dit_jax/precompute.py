@@ -30,7 +30,7 @@ from dit_jax.arrays import to_pixels
 from dit_jax.config import load_config, name_of
 from dit_jax.ending import run_program, writable
 from dit_jax.errors import ConfigError, DataError, WorkdirError
-from dit_jax.runtime import EVERY_KEY, add_flags, path_of, program_parser, read_overrides, set_up
+from dit_jax.runtime import EVERY_KEY, add_flags, path_of, program_parser, read_overrides, say, set_up
 
 if TYPE_CHECKING:
     from dit_jax.data.cache.gather import Cache
@@ -298,11 +298,6 @@ def decoded(config: ConfigDict, cache: "Cache") -> "Iterator[Record]":
 def in_words(size: int) -> str:
     """A number of bytes in MiB or GiB."""
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.2f} MiB"
-
-
-def say(line: str) -> None:
-    """A line for the person who watches, at once."""
-    print(line, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

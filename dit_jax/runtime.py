@@ -152,6 +152,11 @@ def begun() -> float:
     return time.monotonic() - age
 
 
+def say(line: str) -> None:
+    """A line for the person who watches, at once."""
+    print(line, flush=True)
+
+
 def git_commit() -> str:
     """The commit of the tree that this package lies in, if it lies in one."""
     if shutil.which("git") is None:

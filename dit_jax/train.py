@@ -41,7 +41,7 @@ from dit_jax.metrics.report import Report
 from dit_jax.models.flops import peak_flops, training_flops
 from dit_jax.origin import begin_from
 from dit_jax.parts import PACKAGES, Parts, describe, gather, refuse_another
-from dit_jax.runtime import git_commit
+from dit_jax.runtime import git_commit, say
 from dit_jax.sharding import put_batch
 from dit_jax.stored import Trained
 from dit_jax.stores import folder_of
@@ -353,8 +353,3 @@ def compile_steps(
     processes.barrier()
     say(f"compiled the train step in {time.monotonic() - begin:.1f} s")
     return compiled
-
-
-def say(line: str) -> None:
-    """A line for the person who watches, at once."""
-    print(line, flush=True)
