@@ -188,8 +188,8 @@ class Shards:
             self._stop_keeping(error.strerror or str(error))
         except UnreadableError as error:
             self._stop_keeping(str(error))
-        except DataError as error:  # something else lies there
-            self._stop_keeping(f"{error} (or delete it)")
+        except DataError:
+            self._stop_keeping("other data lie there, or it is damaged; delete the folder, or name another --workdir")
 
     def _stop_keeping(self, why: str) -> None:
         self._keeps = False

@@ -129,7 +129,7 @@ def test_other_data_are_left_alone_and_it_is_said(tmp_path, monkeypatch):
     contents = {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()}
     after = Encoded(tmp_path / "kept", monkeypatch, data__num_pictures="21")
     (line,) = after.warnings()
-    assert "is not kept" in line and "data.records" in line and "delete it" in line
+    assert "is not kept" in line and "other data lie there" in line and "delete the folder" in line
     assert len(after.cache) == 21 < len(before.cache) and len(after.units) < len(before.units)
     assert contents == {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()}
     assert not Encoded(tmp_path / "kept", monkeypatch).units
