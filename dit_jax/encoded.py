@@ -143,11 +143,14 @@ class Shards:
         return [unit for unit in self._units if unit not in self._kept and unit not in self._in_memory]
 
     def with_problems(self) -> Iterator[tuple[Unit, Pictures]]:
-        """Those that are kept and have bad records."""
+        """Those that are kept and have bad records; one that cannot be read is missing again."""
         for unit in self._units:
             if unit in self._kept and unit.kind == "pictures":
-                shard = self._read(unit)
-                if isinstance(shard, Pictures) and shard.problems:
+                self._kept.discard(unit)
+                with self._going_on():
+                    shard = self._read(unit)
+                    self._kept.add(unit)
+                if unit in self._kept and isinstance(shard, Pictures) and shard.problems:
                     yield unit, shard
 
     def forget(self, unit: Unit) -> None:

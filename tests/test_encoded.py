@@ -135,6 +135,37 @@ def test_other_data_are_left_alone_and_it_is_said(tmp_path, monkeypatch):
     assert not Encoded(tmp_path / "kept", monkeypatch).units
 
 
+def test_a_shard_that_cannot_be_read_is_encoded_again(tmp_path, monkeypatch):
+    whole = Encoded(tmp_path / "kept", monkeypatch)
+    written, calls = files.written, []
+
+    def fails_once(folder, identity, unit):
+        calls.append(unit)
+        if len(calls) == 1:
+            raise UnreadableError("the share is gone")
+        return written(folder, identity, unit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "written", fails_once)
+        start = Encoded(tmp_path / "kept", monkeypatch)
+    assert start.units == whole.units[:1] == calls[:1] and len(start.warnings()) == 1
+    assert_same(start, whole)
+
+
+def test_other_buckets_of_as_many_pictures_are_other_data(tmp_path, monkeypatch):
+    """As where the size of a picture could not be read for once."""
+    source = draw_noise(tmp_path / "pictures", [SQUARE] * 8 + [TALL] * 8)
+    changes = {"data__source": source, "data__buckets": "3", "batch_size": "4"}
+    Encoded(tmp_path / "kept", monkeypatch, **changes)
+    find = feed.find_buckets
+    with monkeypatch.context() as patch:
+        patch.setattr(feed, "find_buckets", lambda *args: find(*args)[::-1])
+        other = Encoded(tmp_path / "kept", monkeypatch, **changes)
+    (line,) = other.warnings()
+    assert "other data lie there" in line and len(other.units) > 2
+    assert not Encoded(tmp_path / "kept", monkeypatch, **changes).units
+
+
 @pytest.mark.parametrize("name", ["begin", "missing", "write"])
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), UnreadableError("the share is gone")])
 def test_a_folder_that_fails_is_told_and_nothing_is_lost(tmp_path, monkeypatch, name, error):
